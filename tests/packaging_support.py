@@ -1,0 +1,125 @@
+"""Helpers of the packaging tests: a copy of the project, builds of it in a process of their own, small patches."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).parent.parent
+LINE = Path("patches", "2.x")
+
+if TYPE_CHECKING:
+    import hatch_build as hatch_build
+else:
+    # By its path: this repository is not on sys.path where the package is installed from a wheel.
+    _spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    hatch_build = importlib.util.module_from_spec(_spec)
+    sys.modules[_spec.name] = hatch_build
+    _spec.loader.exec_module(hatch_build)
+
+provenance = hatch_build.provenance
+
+_PROJECT = ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
+_DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json*")
+_CALL_BACKEND = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
+
+
+def copy_project(directory: Path) -> Path:
+    """The files of the repository that a build reads, as in a checkout where nothing was installed."""
+    directory.mkdir(parents=True)
+    for name in _PROJECT:
+        shutil.copyfile(ROOT / name, directory / name)
+    own_module = Path("x_transformers", "xpos")
+    for folder in (Path("patches"), Path("tests"), own_module):
+        shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
+    return directory
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """The environment without the settings of pip and git that the tests are about, plus `variables`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "GIT_"))}
+    return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
+
+
+def download_pinned_release(directory: Path) -> Path:
+    """A wheelhouse with the pinned release, from wherever the user's own pip finds packages."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["-r", str(ROOT / LINE / "upstream.txt"), "-d", str(directory)]
+    subprocess.run(command, check=True)
+    return directory
+
+
+def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
+    """An environment whose pip has nothing but the wheelhouse."""
+    return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheelhouse), **variables)
+
+
+def call_backend(
+    hook: str, project: Path, out: Path, environment: Mapping[str, str], umask: int = 0o022
+) -> subprocess.CompletedProcess[str]:
+    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process."""
+    out.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", f"import os; os.umask({umask}); {_CALL_BACKEND}", hook, str(out)],
+        cwd=project,
+        env=dict(environment),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], umask: int = 0o022) -> Path:
+    """The file that a successful build makes."""
+    result = call_backend(hook, project, out, environment, umask)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out / result.stdout.splitlines()[-1]
+
+
+def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "Change a file") -> bytes:
+    """A patch of one file, None meaning that it does not exist; minimal, but of the form of git format-patch."""
+    diff = difflib.unified_diff(
+        (old or b"").decode().splitlines(keepends=True),
+        (new or b"").decode().splitlines(keepends=True),
+        "/dev/null" if old is None else f"a/{path}",
+        "/dev/null" if new is None else f"b/{path}",
+    )
+    mode = "new file mode 100644\n" if old is None else "deleted file mode 100644\n" if new is None else ""
+    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nSubject: [PATCH] {subject}\n\n"
+    return f"{head}---\n\ndiff --git a/{path} b/{path}\n{mode}{''.join(diff)}".encode()
+
+
+def set_series(project: Path, patches: Mapping[str, bytes], series: Sequence[str] | None = None) -> None:
+    """Replace the patches of the project."""
+    line_dir = project / LINE
+    for old in line_dir.glob("*.patch"):
+        old.unlink()
+    for name, content in patches.items():
+        (line_dir / name).write_bytes(content)
+    names = list(patches) if series is None else series
+    (line_dir / "series").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below the directory but Python's bytecode."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def edit(path: Path, pattern: str, replacement: str) -> None:
+    """Replace what the pattern matches in a file; it must match."""
+    text = path.read_text(encoding="utf-8")
+    new, count = re.subn(pattern, lambda _: replacement, text)
+    assert count, f"{pattern} is not in {path.name}"
+    path.write_text(new, encoding="utf-8")
