@@ -1,0 +1,105 @@
+"""Hypothesis strategies, named for what they generate. All shrink towards the smallest case."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import Module
+from x_transformers import Decoder, TransformerWrapper
+
+NUM_TOKENS = 32
+MAX_SEQ_LEN = 256
+
+seeds = st.integers(0, 2**16)
+
+# distances that positions are moved by: small ones, and far beyond any context
+shifts = st.one_of(st.integers(1, 64), st.integers(1, 1_000_000))
+
+
+def tokens(seed: int, batch: int, seq_len: int) -> Tensor:
+    """(batch, seq_len) token ids."""
+    return torch.randint(0, NUM_TOKENS, (batch, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def randomize_(module: Module, seed: int) -> Module:
+    """Draws every parameter anew, since one that starts at zero or one would hide what multiplies it.
+
+    Matrices keep the variance of their input, doubled so that attention is far from uniform.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    with torch.no_grad():
+        for param in module.parameters():
+            noise = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            fan_in = param.shape[-1] if param.ndim > 1 else 4
+            param.copy_(noise * (2 / fan_in) ** 0.5)
+
+    return module
+
+
+@st.composite
+def splits(draw: st.DrawFn, min_len: int = 2, max_len: int = 40) -> list[int]:
+    """Lengths of consecutive chunks, at least two, each at least 1."""
+    total = draw(st.integers(min_len, max_len))
+    cuts = draw(st.sets(st.integers(1, total - 1), min_size=1, max_size=min(5, total - 1)))
+    edges = [0, *sorted(cuts), total]
+    return [b - a for a, b in zip(edges, edges[1:])]
+
+
+# the default softmax of `Attend` works in float32, which would put a floor under what float64 can tell
+softmax = partial(torch.softmax, dim=-1)
+
+
+@st.composite
+def decoder_options(draw: st.DrawFn, flash: bool | None = None) -> dict[str, Any]:
+    """Keyword arguments of a small `Decoder` with xPos.
+
+    The scale base goes down to 4, where a few dozen positions decay as much as thousands do at 512.
+    """
+    dim_head = draw(st.sampled_from([8, 16]))
+    heads = draw(st.sampled_from([2, 4]))
+    flash = draw(st.booleans()) if flash is None else flash
+
+    return dict(
+        dim=draw(st.sampled_from([8, 16])),
+        depth=draw(st.integers(1, 3)),
+        heads=heads,
+        attn_dim_head=dim_head,
+        attn_kv_heads=draw(st.sampled_from([h for h in (1, 2, 4) if h <= heads])),
+        attn_qk_norm=draw(st.booleans()),
+        attn_flash=flash,
+        attn_custom_attn_fn=None if flash else softmax,
+        rotary_xpos=True,
+        rotary_emb_dim=draw(st.sampled_from([d for d in (4, 8, 16) if d <= dim_head])),
+        rotary_xpos_scale_base=draw(st.sampled_from([4, 32, 512])),
+        rotary_interpolation_factor=draw(st.sampled_from([1.0, 2.5])),
+        rotary_base_rescale_factor=draw(st.sampled_from([1.0, 4.0])),
+        verbose=False,
+    )
+
+
+def build(
+    options: dict[str, Any], seed: int, dtype: torch.dtype = torch.float64, **wrapper_options: Any
+) -> TransformerWrapper:
+    """A randomised language model in eval mode.
+
+    In float64 by default: there rounding is so far below any error of the mathematics that the two
+    cannot be mistaken for each other.
+    """
+    model = TransformerWrapper(
+        num_tokens=NUM_TOKENS,
+        max_seq_len=MAX_SEQ_LEN,
+        attn_layers=Decoder(**options),
+        **wrapper_options,
+    )
+    model = randomize_(model.double(), seed).to(dtype).eval()
+    return model.requires_grad_(False)
+
+
+def models(flash: bool | None = None, **wrapper_options: Any) -> st.SearchStrategy[TransformerWrapper]:
+    """Small randomised language models with xPos, in float64; a failing one is printed as its `build` call."""
+    return st.builds(build, decoder_options(flash=flash), seeds, **{k: st.just(v) for k, v in wrapper_options.items()})

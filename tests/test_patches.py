@@ -1,0 +1,116 @@
+"""Every patch of every line: that it applies as it is, and that someone could merge it tomorrow."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from packaging_support import ROOT, clean_environment, hatch_build, provenance, snapshot
+
+LINES = sorted(series.parent for series in ROOT.glob("patches/*/series"))
+PATCHES = [line / name for line in LINES for name in provenance.read_series(line)]
+
+# the default line stays small enough to be read in one sitting
+MOST_CHANGED_LINES = 150
+ONLY_FILE = "x_transformers/x_transformers.py"
+
+each_line = pytest.mark.parametrize("line", LINES, ids=lambda line: line.name)
+each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.parent.name}/{patch.name[:4]}")
+
+
+@pytest.fixture(scope="session")
+def releases() -> dict[str, hatch_build.Release]:
+    """The pristine release of each line."""
+    return {line.name: hatch_build.fetch_release(provenance.read_pin(line / "upstream.txt")) for line in LINES}
+
+
+def message(patch: Path) -> tuple[str, str]:
+    """The subject and the reason, what comes before the diff."""
+    content = patch.read_bytes()
+    body = email.message_from_bytes(content, policy=email.policy.default).get_content()
+    return provenance.patch_subject(content), re.split(r"^(?:---|diff --git .*)\n", body, flags=re.MULTILINE)[0]
+
+
+def changed_lines(patch: Path) -> dict[str, int]:
+    """How many lines the patch adds and removes in each file."""
+    command = ["git", "apply", "--numstat", "-z", str(patch)]
+    output = subprocess.run(command, env=clean_environment(), text=True, stdout=subprocess.PIPE, check=True).stdout
+    rows = (row.split("\t") for row in output.split("\0") if row)
+    return {path: int(added) + int(removed) for added, removed, path in rows}
+
+
+def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = clean_environment(
+        GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", HOME=str(repository.parent), LC_ALL="C", **identity
+    )
+    return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
+
+
+def test_there_is_a_line() -> None:
+    assert "2.x" in [line.name for line in LINES]
+
+
+@each_line
+def test_series_names_all_patches_in_numeric_order(line: Path) -> None:
+    text = (line / "series").read_text(encoding="utf-8")
+    # `git quiltimport` leaves out a last line without its end
+    assert text == "" or text.endswith("\n")
+    names = list(provenance.read_series(line))
+    assert names == sorted(path.name for path in line.glob("*.patch"))
+    assert [name[:5] for name in names] == [f"{number:04}-" for number in range(1, len(names) + 1)]
+
+
+@each_line
+def test_applies_exactly_to_the_pinned_release(line: Path, releases: dict[str, hatch_build.Release]) -> None:
+    release, patches = releases[line.name], hatch_build.read_patches(line)
+    patched = hatch_build.apply_series(release.files, patches)
+    assert (patched != release.files) == bool(patches)
+
+
+@each_line
+def test_git_am_gives_what_the_build_gives(
+    line: Path, releases: dict[str, hatch_build.Release], tmp_path: Path
+) -> None:
+    release, patches = releases[line.name], provenance.read_series(line)
+    repository = tmp_path / "upstream"
+    hatch_build.write_files(release.files, repository)
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "the pinned release"]):
+        assert git(repository, *command).returncode == 0
+    result = git(repository, "am", *(str(line / name) for name in patches))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+    applied = {path: content for path, content in snapshot(repository).items() if not path.startswith(".git/")}
+    assert applied == hatch_build.apply_series(release.files, hatch_build.read_patches(line))
+    subjects = git(repository, "log", "--reverse", "--format=%s").stdout.splitlines()[1:]
+    assert subjects == [message(line / name)[0] for name in patches]
+
+
+def test_default_line_is_small_and_touches_one_file() -> None:
+    changes = [changed_lines(patch) for patch in PATCHES if patch.parent.name == "2.x"]
+    assert {path for change in changes for path in change} <= {ONLY_FILE}
+    assert sum(count for change in changes for count in change.values()) <= MOST_CHANGED_LINES
+
+
+@each_patch
+def test_subject_and_reason(patch: Path) -> None:
+    subject, reason = message(patch)
+    assert 0 < len(subject) <= 72
+    assert not subject.endswith(".")
+    assert len(reason.split()) >= 20, "a patch says why it exists"
+
+
+@each_patch
+def test_exports_again_without_noise(patch: Path) -> None:
+    """As `git format-patch --zero-commit --no-signature` writes it: no commit ids, no version of git."""
+    content = patch.read_bytes()
+    assert content.startswith(b"From " + b"0" * 40 + b" ")
+    assert not re.search(rb"^-- \n\d+\.\d+", content, flags=re.MULTILINE)
+    assert b"\r" not in content
+    assert content.endswith(b"\n")

@@ -1,0 +1,268 @@
+"""What a causal model's answer may not depend on, stated once and run over generated models.
+
+Models are in float64, where a violation of the mathematics stands far above rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import build, decoder_options, models, seeds, shifts, splits, tokens
+from torch import Tensor
+from x_transformers import AutoregressiveWrapper, TransformerWrapper
+
+lengths = st.integers(2, 40)
+
+
+def assert_equal_to_rounding(actual: Tensor, expected: Tensor) -> None:
+    """Equal but for float64 rounding.
+
+    One output is the end of some 2 ** 10 dependent roundings (3 layers of normalisation, projections,
+    scores and softmax over at most 80 positions), and attention logits of size up to 2 ** 6 turn an
+    error of theirs into a relative one of the weights: 2 ** 16 half ulps of the largest output.
+    """
+    assert actual.dtype == expected.dtype == torch.float64
+    assert torch.isfinite(expected).all()
+    tolerance = 2**16 * torch.finfo(torch.float64).eps / 2 * max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def decode(model: TransformerWrapper, x: Tensor, prompt_len: int, **kwargs) -> Tensor:
+    """Logits (b, n, c) of a prompt and then one token at a time, the whole sequence passed at each step."""
+    logits, cache = model(x[:, :prompt_len], return_intermediates=True, **kwargs)
+    out = [logits]
+
+    for end in range(prompt_len + 1, x.shape[1] + 1):
+        logits, cache = model(x[:, :end], cache=cache, return_intermediates=True, **kwargs)
+        out.append(logits)
+
+    return torch.cat(out, dim=1)
+
+
+def prefill(model: TransformerWrapper, x: Tensor, chunk_lens: list[int], **kwargs) -> Tensor:
+    """Logits (b, n, c) of consecutive chunks, each passed without what is in the cache."""
+    out, cache = [], None
+
+    for chunk in x.split(chunk_lens, dim=1):
+        logits, cache = model(
+            chunk,
+            cache=cache,
+            cache_age=chunk.shape[1],
+            input_not_include_cache=True,
+            return_intermediates=True,
+            **kwargs,
+        )
+        out.append(logits)
+
+    return torch.cat(out, dim=1)
+
+
+@given(models(), seeds, splits())
+def test_output_at_a_position_does_not_depend_on_what_follows(model, seed, lens):
+    x = tokens(seed, 2, sum(lens))
+
+    full = model(x)
+
+    assert_equal_to_rounding(model(x[:, : lens[0]]), full[:, : lens[0]])
+
+
+@given(models(), seeds, splits())
+def test_decoding_one_token_at_a_time_equals_the_full_forward(model, seed, lens):
+    x = tokens(seed, 2, sum(lens))
+
+    assert_equal_to_rounding(decode(model, x, lens[0]), model(x))
+
+
+@given(models(), seeds, splits())
+def test_decoding_several_tokens_at_once_equals_the_full_forward(model, seed, lens):
+    # as in speculative decoding: the whole sequence is passed, `cache_age` says how much of it is new
+    x = tokens(seed, 2, sum(lens))
+    out, cache, end = [], None, 0
+
+    for new in lens:
+        end += new
+        logits, cache = model(x[:, :end], cache=cache, cache_age=new, return_intermediates=True)
+        out.append(logits)
+
+    assert_equal_to_rounding(torch.cat(out, dim=1), model(x))
+
+
+@given(models(), seeds, splits())
+def test_prefill_in_chunks_equals_the_full_forward(model, seed, lens):
+    x = tokens(seed, 2, sum(lens))
+
+    assert_equal_to_rounding(prefill(model, x, lens), model(x))
+
+
+@given(models(), seeds, splits())
+def test_decoding_through_attention_layers_alone_equals_the_full_forward(model, seed, lens):
+    # without the wrapper the layers take the offset from the cache
+    layers = model.attn_layers
+    x = torch.randn(2, sum(lens), layers.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    out, cache = [], None
+
+    for chunk in x.split(lens, dim=1):
+        hidden, cache = layers(chunk, cache=cache, cache_age=chunk.shape[1], return_hiddens=True)
+        out.append(hidden)
+
+    assert_equal_to_rounding(torch.cat(out, dim=1), layers(x))
+
+
+@given(models(max_mem_len=1024), seeds, splits())
+def test_segments_with_mems_equal_the_full_forward(model, seed, lens):
+    x = tokens(seed, 2, sum(lens))
+    out, mems = [], None
+
+    for segment in x.split(lens, dim=1):
+        logits, mems = model(segment, mems=mems, return_mems=True)
+        out.append(logits)
+
+    assert_equal_to_rounding(torch.cat(out, dim=1), model(x))
+
+
+@given(models(max_mem_len=1024), seeds, splits(), splits())
+def test_decoding_with_mems_equals_the_full_forward(model, seed, mem_lens, lens):
+    x = tokens(seed, 2, sum(mem_lens) + sum(lens))
+    mems = None
+
+    for segment in x[:, : sum(mem_lens)].split(mem_lens, dim=1):
+        _, mems = model(segment, mems=mems, return_mems=True)
+
+    segment = x[:, sum(mem_lens) :]
+    expected = model(x)[:, sum(mem_lens) :]
+
+    assert_equal_to_rounding(decode(model, segment, lens[0], mems=mems), expected)
+    assert_equal_to_rounding(prefill(model, segment, lens, mems=mems), expected)
+
+
+@given(models(), seeds, lengths, st.lists(st.integers(0, 20), min_size=1, max_size=3))
+def test_left_padding_changes_nothing(model, seed, seq_len, pads):
+    batch, widest = len(pads), max(pads)
+    x = tokens(seed, batch, seq_len)
+    filler = tokens(seed + 1, batch, widest)
+    padded = torch.stack([torch.cat((filler[i], x[i])) for i in range(batch)])
+    start = torch.full((batch,), widest)
+
+    expected = model(x)
+
+    assert_equal_to_rounding(model(padded, seq_start_pos=start)[:, widest:], expected)
+    assert_equal_to_rounding(decode(model, padded, widest + 1, seq_start_pos=start)[:, widest:], expected)
+
+
+@given(models(), seeds, st.lists(st.integers(1, 24), min_size=2, max_size=3))
+def test_prompts_of_several_lengths_decode_as_each_alone(model, seed, lens):
+    widest = max(lens)
+    x = tokens(seed, len(lens), widest)
+    start = torch.tensor([widest - n for n in lens])
+
+    together = model(x, seq_start_pos=start)
+
+    for row, n in enumerate(lens):
+        alone = model(x[row : row + 1, widest - n :])
+        assert_equal_to_rounding(together[row : row + 1, widest - n :], alone)
+
+
+@given(models(), seeds, lengths, shifts)
+@pytest.mark.regression
+def test_shifting_all_positions_changes_not_one_bit(model, seed, seq_len, shift):
+    x = tokens(seed, 2, seq_len)
+    pos = torch.arange(seq_len)
+
+    default = model(x)
+
+    assert torch.equal(model(x, pos=pos), default)
+    assert torch.equal(model(x, pos=pos + shift), default)
+    assert torch.equal(model(x, pos=pos - shift), default)
+
+
+@given(models(), seeds, lengths, st.lists(shifts, min_size=2, max_size=3))
+@pytest.mark.regression
+def test_positions_of_one_row_do_not_touch_another(model, seed, seq_len, row_shifts):
+    x = tokens(seed, len(row_shifts), seq_len)
+    pos = torch.arange(seq_len) + torch.tensor(row_shifts)[:, None]
+
+    assert_equal_to_rounding(model(x, pos=pos), model(x))
+
+
+@given(models(), seeds, splits(), st.data())
+def test_positions_with_gaps_decode_as_the_full_forward(model, seed, lens, data):
+    seq_len = sum(lens)
+    x = tokens(seed, 2, seq_len)
+    gaps = st.lists(st.integers(1, 9), min_size=seq_len, max_size=seq_len)
+    pos = torch.tensor([data.draw(gaps), data.draw(gaps)]).cumsum(dim=-1)
+
+    full = model(x, pos=pos)
+    _, cache = model(x[:, : lens[0]], pos=pos[:, : lens[0]], return_intermediates=True)
+    rest = model(x, pos=pos, cache=cache, cache_age=seq_len - lens[0])
+
+    assert_equal_to_rounding(rest, full[:, lens[0] :])
+
+
+@given(models(), seeds, splits(), st.integers(1, 12))
+def test_prepended_embeddings_are_positions_like_any_other(model, seed, lens, num_prepended):
+    x = tokens(seed, 2, sum(lens))
+    prefix = tokens(seed + 1, 2, num_prepended)
+    embeds = model.token_emb(prefix)
+
+    full = model(torch.cat((prefix, x), dim=1))
+
+    assert_equal_to_rounding(model(x, prepend_embeds=embeds), full)
+    assert_equal_to_rounding(decode(model, x, lens[0], prepend_embeds=embeds), full)
+
+
+@given(models(num_memory_tokens=3), seeds, splits())
+def test_memory_tokens_keep_prefix_consistency(model, seed, lens):
+    x = tokens(seed, 2, sum(lens))
+
+    assert_equal_to_rounding(model(x[:, : lens[0]]), model(x)[:, : lens[0]])
+
+
+@given(
+    models(num_memory_tokens=2, memory_tokens_interspersed_every=4),
+    seeds,
+    st.integers(1, 5),
+    st.integers(1, 5),
+)
+def test_interspersed_memory_tokens_keep_prefix_consistency(model, seed, blocks, more_blocks):
+    prefix_len = 4 * blocks
+    x = tokens(seed, 2, prefix_len + 4 * more_blocks)
+
+    assert_equal_to_rounding(model(x[:, :prefix_len]), model(x)[:, :prefix_len])
+
+
+@given(models(), seeds, lengths)
+def test_a_row_of_a_batch_answers_as_alone(model, seed, seq_len):
+    x = tokens(seed, 3, seq_len)
+
+    together = model(x)
+
+    for row in range(3):
+        assert_equal_to_rounding(together[row : row + 1], model(x[row : row + 1]))
+
+
+@given(models(), seeds, st.integers(1, 12), st.integers(1, 24))
+def test_greedy_generation_is_the_same_with_and_without_a_cache(model, seed, prompt_len, num_new):
+    prompt = tokens(seed, 2, prompt_len)
+    wrapper = AutoregressiveWrapper(model)
+
+    cached = wrapper.generate(prompt, num_new, temperature=0.0, cache_kv=True)
+    uncached = wrapper.generate(prompt, num_new, temperature=0.0, cache_kv=False)
+
+    assert torch.equal(cached, uncached)
+
+
+@given(decoder_options(), seeds, seeds, splits())
+def test_gradients_do_not_depend_on_what_follows(options, seed, data_seed, lens):
+    x = tokens(data_seed, 2, sum(lens))
+    model = build(options, seed).requires_grad_(True)
+    params = list(model.parameters())
+
+    prefix = torch.autograd.grad(model(x[:, : lens[0]]).square().sum(), params, allow_unused=True)
+    full = torch.autograd.grad(model(x)[:, : lens[0]].square().sum(), params, allow_unused=True)
+
+    for p, f in zip(prefix, full):
+        assert (p is None) == (f is None)
+        if p is not None:
+            assert_equal_to_rounding(p, f)

@@ -1,0 +1,348 @@
+"""`RotaryEmbedding` and `apply_rotary_pos_emb` against the float64 formula, and what reaches them."""
+
+from __future__ import annotations
+
+import inspect
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import angular_frequency, decay, rescaled_base, xpos_score, xpos_score_magnitude
+from strategies import build, decoder_options, seeds, shifts, splits, tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from x_transformers import Attention, Decoder
+from x_transformers.attend import Intermediates
+from x_transformers.x_transformers import LayerIntermediates, RotaryEmbedding, apply_rotary_pos_emb
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+dims = st.sampled_from([4, 8, 32, 64])
+dtypes = st.sampled_from(DTYPES)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def half_ulp(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def score_error_bound(q: Tensor, k: Tensor, q_pos: Tensor, k_pos: Tensor, scale_base: float) -> Tensor:
+    """The error that rounding alone forces on a score, (i, j).
+
+    The rotated query and key are rounded to their dtype once each. Before that, each component is made
+    in float32 from an angle below 2 pi (rounded to 4 half ulps of 1), its cosine or sine, the power and
+    its inverse, three products and a sum: 16 half ulps of float32 of the size of the pair. A result
+    below the dtype's normal range is rounded to a multiple of its smallest subnormal number instead.
+    """
+    relative = 2 * (half_ulp(q.dtype) + 16 * half_ulp(torch.float32))
+    absolute = torch.finfo(q.dtype).smallest_normal * torch.finfo(q.dtype).eps / 2
+    magnitude = xpos_score_magnitude(q, k, q_pos, k_pos, scale_base=scale_base)
+
+    # a key scaled down to nothing meets a query whose scale is at most that of the first query
+    span = (q_pos.max() - q_pos.min() + 1).double() / 2 / scale_base
+    largest = 2 * (q.double().abs().amax() + k.double().abs().amax()) * decay(q.shape[-1]).min() ** -span
+    return relative * magnitude + absolute * largest * q.shape[-1]
+
+
+def rotated_scores(rotary: RotaryEmbedding, q: Tensor, k: Tensor, offset: int) -> Tensor:
+    """Scores (i, j) of queries (i, d), the last of the positions of the keys (j, d), which start at `offset`."""
+    i, j = q.shape[0], k.shape[0]
+    pos = torch.arange(offset, offset + j)
+    freqs, scale = rotary(pos, offset=offset + j - i, seq_len=i)
+
+    q = apply_rotary_pos_emb(q[None, None], freqs, scale)
+    k = apply_rotary_pos_emb(k[None, None], freqs, scale**-1.0)
+    return (q.double() @ k.double().transpose(-1, -2))[0, 0]
+
+
+@given(
+    dims,
+    dtypes,
+    seeds,
+    st.integers(1, 64),
+    st.integers(0, 200),
+    st.one_of(st.just(0), shifts),
+    st.sampled_from([32, 512]),
+)
+@pytest.mark.regression
+def test_scores_equal_the_formula_to_the_rounding_of_the_dtype(dim, dtype, seed, num_queries, past, offset, scale_base):
+    rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base).to(dtype)
+    k = randn(seed, past + num_queries, dim).to(dtype)
+    q = randn(seed + 1, num_queries, dim).to(dtype)
+    k_pos = torch.arange(offset, offset + len(k))
+    q_pos = k_pos[-num_queries:]
+
+    error = rotated_scores(rotary, q, k, offset) - xpos_score(q, k, q_pos, k_pos, scale_base=scale_base)
+
+    # a query never meets the keys after it
+    met = k_pos[None, :] <= q_pos[:, None]
+    assert torch.isfinite(error[met]).all()
+    assert (error.abs() <= score_error_bound(q, k, q_pos, k_pos, scale_base))[met].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [100_000, 1_000_000])
+@pytest.mark.regression
+def test_one_query_against_a_long_cache_equals_the_formula(dtype, context):
+    # unit-normal q and k given in the dtype; relative to the largest score
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+    rotary = RotaryEmbedding(64, use_xpos=True).to(dtype)
+    q, k = randn(0, 1, 64).to(dtype), randn(1, context, 64).to(dtype)
+    k_pos = torch.arange(context)
+    expected = xpos_score(q, k, k_pos[-1:], k_pos)
+
+    error = rotated_scores(rotary, q, k, 0) - expected
+
+    assert error.abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("seq_len", [4_096, 65_536])
+@pytest.mark.regression
+def test_many_queries_at_once_equal_the_formula(seq_len):
+    rotary = RotaryEmbedding(64, use_xpos=True)
+    q, k = randn(0, seq_len, 64).float(), randn(1, seq_len, 64).float()
+    pos = torch.arange(seq_len)
+    freqs, scale = rotary(pos, offset=0, seq_len=seq_len)
+    rotated_q = apply_rotary_pos_emb(q[None, None], freqs, scale)[0, 0].double()
+    rotated_k = apply_rotary_pos_emb(k[None, None], freqs, scale**-1.0)[0, 0].double()
+
+    for row in torch.linspace(0, seq_len - 1, 9).long().tolist():
+        seen = slice(0, row + 1)
+        expected = xpos_score(q[row, None], k[seen], pos[row, None], pos[seen])
+        error = rotated_q[row, None] @ rotated_k[seen].T - expected
+        assert error.abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.regression
+def test_attention_over_a_cache_of_100_000_equals_the_formula(dtype, seed):
+    # the whole of AttentionLayers: one token decoded against a cache that is given
+    context, dim_head = 100_000, 32
+    decoder = Decoder(dim=dim_head, depth=1, heads=1, attn_dim_head=dim_head, rotary_xpos=True, rotary_emb_dim=dim_head)
+    decoder = decoder.to(dtype).eval().requires_grad_(False)
+    attention = next(m for m in decoder.modules() if isinstance(m, Attention))
+
+    x = randn(seed, 1, 1, dim_head).to(dtype)
+    past = randn(seed + 1, 1, 1, context - 1, dim_head).to(dtype)
+    cached = Intermediates(cached_kv=(past, past), layer_type="a")
+
+    queries: list[Tensor] = []
+    attention.to_q.register_forward_hook(lambda module, args, out: queries.append(out))
+
+    cache = LayerIntermediates(attn_intermediates=[cached], cache_length=context - 1)
+    out, after = decoder(x, cache=cache, return_hiddens=True)
+    inter = after.attn_intermediates[0]
+
+    q, k = queries[0][0], inter.cached_kv[0][0, 0]
+    k_pos = torch.arange(context)
+    expected = xpos_score(q, k, k_pos[-1:], k_pos) * dim_head**-0.5
+    error = inter.qk_similarities[0, 0].double() - expected
+
+    # the dot product comes out of the model in its dtype: one rounding of the score more, and as many
+    # roundings of float32 as there are terms
+    bound = score_error_bound(q, k, k_pos[-1:], k_pos, 512)
+    bound = bound + (half_ulp(dtype) + dim_head * half_ulp(torch.float32)) * xpos_score_magnitude(q, k, k_pos[-1:], k_pos)
+    assert torch.isfinite(out).all()
+    assert (error.abs() <= bound * dim_head**-0.5 + 2 * half_ulp(dtype) * expected.abs()).all()
+
+
+@given(dims, st.integers(1, 100), st.integers(0, 100), st.integers(0, 100), shifts, st.booleans())
+@pytest.mark.regression
+def test_moving_window_and_positions_together_changes_not_one_bit(dim, seq_len, past, offset, shift, double):
+    rotary = RotaryEmbedding(dim, use_xpos=True)
+    rotary = rotary.double() if double else rotary
+    pos = torch.arange(offset - past, offset + seq_len)
+
+    here = rotary(pos, offset=offset, seq_len=seq_len)
+    there = rotary(pos + shift, offset=offset + shift, seq_len=seq_len)
+
+    assert all(torch.equal(a, b) for a, b in zip(here, there))
+
+
+@given(dims, st.integers(1, 200), st.sampled_from([1.0, 2.5]), st.sampled_from([1.0, 4.0]), st.sampled_from([8, 512]))
+def test_without_a_window_the_center_is_the_middle_of_the_positions(dim, seq_len, interpolation, rescale, scale_base):
+    rotary = RotaryEmbedding(
+        dim,
+        use_xpos=True,
+        scale_base=scale_base,
+        interpolation_factor=interpolation,
+        base_rescale_factor=rescale,
+    )
+    pos = torch.arange(seq_len)
+
+    freqs, scale = rotary(pos)
+
+    theta = angular_frequency(dim, rescaled_base(dim, rescale), interpolation)
+    power = (pos - (pos.max() + 1) // 2).double() / scale_base
+    each = {"repeats": 2, "dim": -1}
+    assert freqs.shape == scale.shape == (1, seq_len, dim)
+    # one rounding to float32
+    torch.testing.assert_close(freqs[0].double(), (pos[:, None] * theta).repeat_interleave(**each), rtol=6e-8, atol=0)
+    torch.testing.assert_close(scale[0].double(), (decay(dim) ** power[:, None]).repeat_interleave(**each), rtol=6e-8, atol=0)
+
+
+@given(dims, st.integers(1, 200))
+@pytest.mark.regression
+def test_forward_from_seq_len_is_the_window_from_zero(dim, seq_len):
+    rotary = RotaryEmbedding(dim, use_xpos=True)
+
+    expected = rotary(torch.arange(seq_len), offset=0, seq_len=seq_len)
+
+    assert all(torch.equal(a, b) for a, b in zip(rotary.forward_from_seq_len(seq_len), expected))
+
+
+@given(dims, st.integers(1, 3), st.integers(1, 40), seeds)
+@pytest.mark.regression
+def test_each_row_of_positions_has_its_own_window(dim, batch, seq_len, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rotary = RotaryEmbedding(dim, use_xpos=True)
+    offset = torch.randint(0, 1_000_000, (batch, 1), generator=generator)
+    pos = torch.arange(seq_len) + offset
+
+    together = rotary(pos, offset=offset, seq_len=seq_len)
+
+    for row in range(batch):
+        alone = rotary(pos[row], offset=offset[row].item(), seq_len=seq_len)
+        assert all(torch.equal(t[row], a[0]) for t, a in zip(together, alone))
+
+
+@given(dims, st.integers(1, 300), st.sampled_from([torch.bfloat16, torch.float16]))
+@pytest.mark.regression
+def test_the_dtype_of_the_module_does_not_reach_the_table(dim, seq_len, dtype):
+    rotary = RotaryEmbedding(dim, use_xpos=True)
+    cast = deepcopy(rotary).to(dtype)
+    loaded = RotaryEmbedding(dim, use_xpos=True)
+    loaded.load_state_dict(cast.state_dict())
+    pos = torch.arange(seq_len)
+
+    expected = rotary(pos, offset=0, seq_len=seq_len)
+
+    for module in (cast, loaded):
+        assert all(torch.equal(a, b) for a, b in zip(module(pos, offset=0, seq_len=seq_len), expected))
+
+    # autocast
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(rotary(pos, offset=0, seq_len=seq_len), expected))
+
+
+@given(dims, st.integers(1, 300), dtypes)
+def test_without_xpos_the_window_is_ignored(dim, seq_len, dtype):
+    rotary = RotaryEmbedding(dim).to(dtype)
+    pos = torch.arange(seq_len)
+
+    freqs, scale = rotary(pos)
+
+    assert scale == 1.0
+    assert freqs.dtype == dtype
+    expected = pos.to(dtype)[:, None] * rotary.inv_freq[None, :]
+    assert torch.equal(freqs[0], expected.repeat_interleave(2, dim=-1))
+
+
+def test_a_module_pickled_by_an_earlier_version_takes_its_buffers():
+    rotary = RotaryEmbedding(32, use_xpos=True)
+    earlier = deepcopy(rotary)
+    del earlier.dim, earlier.base
+    pos = torch.arange(300)
+
+    expected, actual = (m(pos, offset=0, seq_len=300) for m in (rotary, earlier))
+
+    # the buffers hold theta and zeta rounded to float32: relative to angle and to power (up to 300) 6e-8
+    assert (torch.remainder(actual[0] - expected[0] + 1, 2 * torch.pi) - 1).abs().max() < 300 * 1.2e-7
+    torch.testing.assert_close(actual[1], expected[1], rtol=300 * 1.2e-7, atol=0)
+
+
+@given(decoder_options(flash=False), seeds, splits())
+def test_scores_of_a_model_equal_the_formula(options, seed, lens):
+    options.update(attn_kv_heads=options["heads"], attn_qk_norm=False)
+    model = build(options, seed)
+    past, seq_len = sum(lens[:-1]), sum(lens)
+    x = tokens(seed, 2, seq_len)
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    queries: dict[int, Tensor] = {}
+
+    for ind, attention in enumerate(attentions):
+        attention.to_q.register_forward_hook(lambda module, args, out, ind=ind: queries.update({ind: out}))
+
+    _, cache = model(x[:, :past], return_intermediates=True)
+    _, after = model(x, cache=cache, cache_age=lens[-1], return_intermediates=True)
+
+    k_pos = torch.arange(seq_len)
+    met = k_pos[None, :] <= k_pos[past:, None]
+
+    for ind, inter in enumerate(after.attn_intermediates):
+        q = attentions[ind].split_q_heads(queries[ind])
+        expected = xpos_score(
+            q,
+            inter.cached_kv[0],
+            k_pos[past:],
+            k_pos,
+            scale_base=options["rotary_xpos_scale_base"],
+            base=rescaled_base(options["rotary_emb_dim"], options["rotary_base_rescale_factor"]),
+            interpolation_factor=options["rotary_interpolation_factor"],
+            rotated_dim=options["rotary_emb_dim"],
+        )
+        expected = expected * options["attn_dim_head"] ** -0.5
+        # float64: at most 16 products of some 10 roundings each, scaled apart by at most 3.5 ** (40 / 4) = 3e5 / 2
+        tolerance = 2**8 * half_ulp(torch.float64) * expected.abs().max().item()
+        torch.testing.assert_close(inter.qk_similarities[..., met], expected[..., met], rtol=0, atol=tolerance)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@given(splits())
+@pytest.mark.regression
+def test_for_default_positions_the_window_is_known_on_the_host(lens):
+    options = dict(dim=8, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, verbose=False)
+    model = build(options, 0, max_mem_len=64)
+    windows: list[tuple[object, object]] = []
+    operators: list[str] = []
+    rotary = model.attn_layers.rotary_pos_emb
+    forward = rotary.forward
+
+    def record(t, offset=0, seq_len=None):
+        windows.append((offset, seq_len))
+        with Recorder() as recorder:
+            out = forward(t, offset=offset, seq_len=seq_len)
+        operators.extend(recorder.names)
+        return out
+
+    rotary.forward = record
+    past, new = sum(lens[:-1]), lens[-1]
+    seq_len = past + new
+    x = tokens(0, 1, seq_len)
+
+    _, cache = model(x[:, :past], return_intermediates=True)
+    model(x, cache=cache, cache_age=new)
+    model(x[:, past:], cache=cache, cache_age=new, input_not_include_cache=True)
+    _, mems = model(x[:, :past], return_mems=True)
+    model(x[:, past:], mems=mems)
+    model(x, seq_start_pos=torch.tensor([1]))
+
+    assert windows == [(0, past), (past, new), (past, new), (0, past), (0, new), (0, seq_len)]
+    assert all(type(value) is int for window in windows for value in window)
+    # neither a maximum over the positions nor a value read back from the device
+    assert not [name for name in operators if "max" in name or "_local_scalar_dense" in name]
+
+
+def test_the_signature_is_upstreams_with_seq_len_added():
+    parameters = inspect.signature(RotaryEmbedding.forward).parameters
+
+    assert list(parameters) == ["self", "t", "offset", "seq_len"]
+    assert parameters["offset"].default == 0
+    assert parameters["seq_len"].default is None
