@@ -20,6 +20,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from reference import xpos_score
+
 from x_transformers import Attention, Decoder
 from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
 

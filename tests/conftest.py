@@ -4,6 +4,7 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from x_transformers.xpos import provenance
 
 # building a model takes longer than Hypothesis expects of an input, and varies with the machine

@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Module
+
 from x_transformers import Decoder, TransformerWrapper
 
 NUM_TOKENS = 32

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import build, decoder_options, models, seeds, shifts, splits, tokens
 from torch import Tensor
+
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
 
 lengths = st.integers(2, 40)

@@ -13,6 +13,7 @@ from reference import angular_frequency, decay, rescaled_base, xpos_score, xpos_
 from strategies import build, decoder_options, seeds, shifts, splits, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from x_transformers import Attention, Decoder
 from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates, RotaryEmbedding, apply_rotary_pos_emb
@@ -147,7 +148,9 @@ def test_attention_over_a_cache_of_100_000_equals_the_formula(dtype, seed):
     # the dot product comes out of the model in its dtype: one rounding of the score more, and as many
     # roundings of float32 as there are terms
     bound = score_error_bound(q, k, k_pos[-1:], k_pos, 512)
-    bound = bound + (half_ulp(dtype) + dim_head * half_ulp(torch.float32)) * xpos_score_magnitude(q, k, k_pos[-1:], k_pos)
+    bound = bound + (half_ulp(dtype) + dim_head * half_ulp(torch.float32)) * xpos_score_magnitude(
+        q, k, k_pos[-1:], k_pos
+    )
     assert torch.isfinite(out).all()
     assert (error.abs() <= bound * dim_head**-0.5 + 2 * half_ulp(dtype) * expected.abs()).all()
 
@@ -184,7 +187,9 @@ def test_without_a_window_the_center_is_the_middle_of_the_positions(dim, seq_len
     assert freqs.shape == scale.shape == (1, seq_len, dim)
     # one rounding to float32
     torch.testing.assert_close(freqs[0].double(), (pos[:, None] * theta).repeat_interleave(**each), rtol=6e-8, atol=0)
-    torch.testing.assert_close(scale[0].double(), (decay(dim) ** power[:, None]).repeat_interleave(**each), rtol=6e-8, atol=0)
+    torch.testing.assert_close(
+        scale[0].double(), (decay(dim) ** power[:, None]).repeat_interleave(**each), rtol=6e-8, atol=0
+    )
 
 
 @given(dims, st.integers(1, 200))

@@ -1,0 +1,65 @@
+"""Which x_transformers is being checked: where it is, what it was built from and whether it still is that."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import x_transformers
+from x_transformers.x_transformers import RotaryEmbedding
+
+from . import provenance
+
+DISTRIBUTION = "x-transformers"
+
+
+@dataclass(frozen=True)
+class Package:
+    """`distribution` is the version that the environment's metadata gives, None where it names none.
+
+    `unpatched`, `modified` and `stale` hold one message for each thing that is wrong, and are empty for a package that
+    is what this repository builds.
+    """
+
+    path: Path
+    distribution: str | None
+    record: provenance.Record | None
+    unpatched: tuple[str, ...] = ()
+    modified: tuple[str, ...] = ()
+    stale: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self.unpatched + self.modified + self.stale
+
+
+def describe() -> Package:
+    """The package that `import x_transformers` gives here."""
+    path = Path(x_transformers.__file__).parent
+    try:
+        distribution: str | None = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        distribution = None
+
+    record = None
+    unpatched: list[str] = []
+    modified: list[str] = []
+    stale: list[str] = []
+    try:
+        record = provenance.read_record(path)
+    except provenance.FormatError as error:
+        modified.append(str(error))
+    else:
+        if record is None:
+            unpatched.append("there is no record of a build")
+        elif not record.patches:
+            unpatched.append("the record of the build lists no patches")
+        files = provenance.modified_files(path, record)
+        if files:
+            modified.append(f"not as they were built: {', '.join(files)}")
+        stale.extend(provenance.staleness(path, record))
+    if "seq_len" not in inspect.signature(RotaryEmbedding.forward).parameters:
+        unpatched.append("RotaryEmbedding.forward takes no seq_len")
+    return Package(path, distribution, record, tuple(unpatched), tuple(modified), tuple(stale))
