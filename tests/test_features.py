@@ -1,0 +1,530 @@
+"""xPos with what else a decoder can have: keys without a position, context positions, shards, limits, refusals."""
+
+from __future__ import annotations
+
+import math
+import threading
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import rescaled_base, xpos_score
+from strategies import build, decoder_options, randomize_, seeds, shifts, softmax, splits, tokens
+from test_properties import assert_equal_to_rounding, decode, prefill
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from x_transformers import Attention, ContinuousTransformerWrapper, Decoder, TransformerWrapper
+from x_transformers.x_transformers import AttentionLayers, LayerIntermediates, RotaryEmbedding
+from x_transformers.xpos import fold_mem_kv_
+
+lengths = st.integers(2, 40)
+num_mems = st.integers(1, 5)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# keys without a position
+
+
+@given(decoder_options(), num_mems, seeds, splits())
+@pytest.mark.regression
+def test_memory_key_values_keep_prefix_consistency_and_cache(options, num_mem_kv, seed, lens):
+    model = build({**options, "attn_num_mem_kv": num_mem_kv}, seed)
+    x = tokens(seed, 2, sum(lens))
+
+    full = model(x)
+
+    assert_equal_to_rounding(model(x[:, : lens[0]]), full[:, : lens[0]])
+    assert_equal_to_rounding(decode(model, x, lens[0]), full)
+    assert_equal_to_rounding(prefill(model, x, lens), full)
+
+
+@given(decoder_options(), num_mems, seeds, splits())
+@pytest.mark.regression
+def test_memory_key_values_stay_at_position_0_behind_mems(options, num_mem_kv, seed, lens):
+    # the mems are at negative positions then; in one layer, as theirs are the same wherever they were computed
+    model = build({**options, "depth": 1, "attn_num_mem_kv": num_mem_kv}, seed, max_mem_len=1024)
+    x = tokens(seed, 2, sum(lens))
+
+    _, mems = model(x[:, : lens[0]], return_mems=True)
+    together = model(x, pos=torch.arange(sum(lens)) - lens[0])
+
+    assert_equal_to_rounding(model(x[:, lens[0] :], mems=mems), together[:, lens[0] :])
+
+
+def additional_key_values(seed: int, depth: int, heads: int, num: int, dim_head: int) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (randn(seed + 2 * i, 2, heads, num, dim_head), randn(seed + 2 * i + 1, 2, heads, num, dim_head))
+        for i in range(depth)
+    ]
+
+
+@given(decoder_options(), num_mems, seeds, splits(), st.booleans())
+@pytest.mark.regression
+def test_additional_key_values_keep_prefix_consistency(options, num, seed, lens, one_head):
+    model = build(options, seed)
+    x = tokens(seed, 2, sum(lens))
+    heads = 1 if one_head else options["attn_kv_heads"]
+    added = additional_key_values(seed, options["depth"], heads, num, options["attn_dim_head"])
+
+    full = model(x, self_attn_additional_kv=added)
+
+    assert_equal_to_rounding(model(x[:, : lens[0]], self_attn_additional_kv=added), full[:, : lens[0]])
+
+
+@given(decoder_options(), seeds, splits(), st.integers(1, 12))
+@pytest.mark.regression
+def test_additional_key_values_of_another_model_keep_prefix_consistency(options, seed, lens, other_len):
+    model, other = build(options, seed), build(options, seed + 1)
+    x = tokens(seed, 2, sum(lens))
+    _, added = other(tokens(seed + 1, 2, other_len), return_intermediates=True)
+    assert isinstance(added, LayerIntermediates)
+
+    full = model(x, self_attn_additional_kv=added)
+
+    assert_equal_to_rounding(model(x[:, : lens[0]], self_attn_additional_kv=added), full[:, : lens[0]])
+
+
+@given(decoder_options(flash=False), num_mems, seeds, st.integers(1, 30), st.integers(0, 30))
+@pytest.mark.regression
+def test_a_memory_key_scores_as_a_key_at_position_0(options, num_mem_kv, seed, new, past):
+    options.update(attn_kv_heads=options["heads"], attn_qk_norm=False, attn_num_mem_kv=num_mem_kv, depth=1)
+    model = build(options, seed)
+    x = tokens(seed, 2, past + new)
+    attention = next(m for m in model.modules() if isinstance(m, Attention))
+    queries: list[Tensor] = []
+    cache = model(x[:, :past], return_intermediates=True)[1] if past else None
+    attention.to_q.register_forward_hook(lambda module, args, out: queries.append(out))
+
+    _, after = model(x, cache=cache, cache_age=new, return_intermediates=True)
+
+    expected = xpos_score(
+        attention.split_q_heads(queries[0]),
+        attention.mem_k[None],
+        torch.arange(past, past + new),
+        torch.zeros(num_mem_kv),
+        scale_base=options["rotary_xpos_scale_base"],
+        base=rescaled_base(options["rotary_emb_dim"], options["rotary_base_rescale_factor"]),
+        interpolation_factor=options["rotary_interpolation_factor"],
+        rotated_dim=options["rotary_emb_dim"],
+    )
+    actual = after.attn_intermediates[0].qk_similarities[..., :num_mem_kv]
+    assert_equal_to_rounding(actual, expected * options["attn_dim_head"] ** -0.5)
+
+
+@given(decoder_options(), num_mems, seeds, lengths, st.integers(1, 3))
+def test_folding_memory_keys_keeps_upstreams_answer_at_the_length_trained_at(
+    options, num, seed, seq_len, rotated_heads
+):
+    options.update(attn_qk_norm=False, attn_num_mem_kv=num, attn_kv_heads=options["heads"])
+    options.update(rotate_num_heads=min(rotated_heads, options["heads"]))
+    model = build(options, seed)
+    x = tokens(seed, 2, seq_len)
+    expected = upstreams_answer(model, x)
+
+    changed = fold_mem_kv_(model, seq_len)
+
+    assert changed == options["depth"]
+    assert_equal_to_rounding(model(x), expected)
+
+
+def upstreams_answer(model: TransformerWrapper, x: Tensor) -> Tensor:
+    """Memory keys without rotation and scale, against queries at absolute angles, centered on n // 2.
+
+    Keys are scaled in the opposite direction by what this fork is going to give them.
+    """
+    model = deepcopy(model)
+    rotary = model.attn_layers.rotary_pos_emb
+    freqs, scale = rotary(torch.arange(x.shape[1]))
+    # a table passed in starts with the position of the memory keys: here one that leaves them as they are
+    freqs, scale = (
+        torch.cat((start, t), dim=1) for start, t in ((freqs[:, :1] * 0, freqs), (scale[:, :1] * 0 + 1, scale))
+    )
+    return model(x, rotary_pos_emb=(freqs, scale))
+
+
+def test_folding_is_refused_where_no_factor_can_be_folded():
+    base = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_xpos=True, rotary_emb_dim=8, verbose=False)
+    with pytest.raises(ValueError, match="attn_qk_norm"):
+        fold_mem_kv_(build({**base, "attn_num_mem_kv": 2, "attn_qk_norm": True}, 0), 64)
+    with pytest.raises(ValueError, match="attn_num_mem_kv"):
+        fold_mem_kv_(build(base, 0), 64)
+    with pytest.raises(ValueError, match="seq_len"):
+        fold_mem_kv_(build({**base, "attn_num_mem_kv": 2}, 0), 0)
+
+
+# context positions
+
+
+def cross_model(options: dict, seed: int) -> TransformerWrapper:
+    return build({**options, "cross_attend": True}, seed)
+
+
+@given(decoder_options(), st.integers(0, 3), seeds, splits(), st.integers(1, 40))
+@pytest.mark.regression
+def test_context_positions_keep_prefix_consistency_and_cache(options, num_mem_kv, seed, lens, context_len):
+    model = cross_model({**options, "attn_num_mem_kv": num_mem_kv}, seed)
+    x = tokens(seed, 2, sum(lens))
+    cross = dict(context=randn(seed, 2, context_len, options["dim"]), context_pos=torch.arange(context_len))
+
+    full = model(x, **cross)
+
+    assert_equal_to_rounding(model(x[:, : lens[0]], **cross), full[:, : lens[0]])
+    assert_equal_to_rounding(decode(model, x, lens[0], **cross), full)
+
+
+@given(decoder_options(), seeds, lengths, st.integers(1, 20), st.integers(1, 30))
+@pytest.mark.regression
+def test_masked_padding_of_the_context_changes_nothing(options, seed, seq_len, context_len, padding):
+    model = cross_model(options, seed)
+    x = tokens(seed, 2, seq_len)
+    padded = randn(seed, 2, context_len + padding, options["dim"])
+    mask = torch.arange(context_len + padding).expand(2, -1) < context_len
+
+    expected = model(
+        x, context=padded[:, :context_len], context_pos=torch.arange(context_len), context_mask=mask[:, :context_len]
+    )
+    actual = model(x, context=padded, context_pos=torch.arange(context_len + padding), context_mask=mask)
+
+    assert_equal_to_rounding(actual, expected)
+
+
+@given(decoder_options(), seeds, lengths, st.integers(1, 20), shifts)
+@pytest.mark.regression
+def test_shifting_positions_and_context_positions_changes_not_one_bit(options, seed, seq_len, context_len, shift):
+    model = cross_model(options, seed)
+    x = tokens(seed, 2, seq_len)
+    pos, context_pos = torch.arange(seq_len), torch.arange(context_len)
+    context = randn(seed, 2, context_len, options["dim"])
+
+    expected = model(x, pos=pos, context=context, context_pos=context_pos)
+
+    assert torch.equal(model(x, pos=pos + shift, context=context, context_pos=context_pos + shift), expected)
+
+
+@given(seeds, st.integers(1, 30), st.integers(1, 60), st.integers(-40, 60))
+@pytest.mark.regression
+def test_cross_attention_scores_equal_the_formula(seed, seq_len, context_len, context_offset):
+    # context positions may lie beyond those of the queries
+    options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
+    options.update(rotary_xpos=True, rotary_xpos_scale_base=16, attn_custom_attn_fn=softmax)
+    model = cross_model(options, seed)
+    x = tokens(seed, 2, seq_len)
+    context_pos = torch.arange(context_offset, context_offset + context_len)
+    attention = [m for m in model.modules() if isinstance(m, Attention)][1]
+    projected: dict[str, Tensor] = {}
+    attention.to_q.register_forward_hook(lambda module, args, out: projected.update(q=out))
+    attention.to_k.register_forward_hook(lambda module, args, out: projected.update(k=out))
+
+    _, inter = model(x, context=randn(seed, 2, context_len, 16), context_pos=context_pos, return_intermediates=True)
+
+    q, k = attention.split_q_heads(projected["q"]), attention.split_k_heads(projected["k"])
+    expected = xpos_score(q, k, torch.arange(seq_len), context_pos, scale_base=16) * 8**-0.5
+    assert_equal_to_rounding(inter.attn_intermediates[1].qk_similarities, expected)
+
+
+def test_a_table_passed_in_cannot_be_combined_with_context_positions():
+    options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, rotary_xpos=True, verbose=False)
+    model = cross_model(options, 0)
+    table = model.attn_layers.rotary_pos_emb(torch.arange(4))
+
+    with pytest.raises(AssertionError, match="context_pos"):
+        model(tokens(0, 1, 4), rotary_pos_emb=table, context=randn(0, 1, 4, 16), context_pos=torch.arange(4))
+
+
+# rows with positions of their own
+
+
+@given(decoder_options(), seeds, splits(), st.lists(shifts, min_size=2, max_size=3))
+@pytest.mark.regression
+def test_rows_far_apart_decode_as_each_alone(options, seed, lens, row_shifts):
+    model = build(options, seed)
+    seq_len = sum(lens)
+    x = tokens(seed, len(row_shifts), seq_len)
+    pos = torch.arange(seq_len) + torch.tensor(row_shifts)[:, None]
+
+    _, cache = model(x[:, : lens[0]], pos=pos[:, : lens[0]], return_intermediates=True)
+    together = model(x, pos=pos, cache=cache, cache_age=seq_len - lens[0])
+
+    assert_equal_to_rounding(together, model(x)[:, lens[0] :])
+
+
+# range
+
+
+def scale_base_options(dtype: torch.dtype, flash: bool) -> dict:
+    """With a scale base of 4 the limit, hundreds of thousands of times 4 / 512, comes within reach of a test."""
+    options = dict(dim=64, depth=2, heads=2, attn_dim_head=32, attn_flash=flash, verbose=False)
+    return dict(options, rotary_xpos=True, rotary_emb_dim=32, rotary_xpos_scale_base=4)
+
+
+def limit(dtype: torch.dtype, scale_base: float, *, masked: bool = False) -> int:
+    """The longest window in which (1 / zeta_0) ** (n / 2 / S) leaves values of up to 64 in range."""
+    largest = torch.finfo(dtype).max
+    if masked:
+        largest = min(largest, math.sqrt(torch.finfo(torch.float32).max))
+    return math.floor(2 * scale_base * math.log(largest / 64) / math.log(1.4 / 0.4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("num_mem_kv", [0, 2])
+@pytest.mark.regression
+def test_up_to_the_limit_finite_and_accurate_and_beyond_it_an_error(dtype, flash, num_mem_kv):
+    options = dict(scale_base_options(dtype, flash), attn_num_mem_kv=num_mem_kv)
+    seq_len = limit(dtype, 4, masked=num_mem_kv > 0)
+    model = build(options, 0)
+    nearby = build(dict(options, rotary_xpos_scale_base=4 * 64), 0)
+    rounded, nearby_rounded = deepcopy(model).to(dtype), deepcopy(nearby).to(dtype)
+    x = tokens(0, 1, seq_len + 1)
+
+    error = (rounded(x[:, :seq_len]).double() - model(x[:, :seq_len])).abs().max()
+
+    # what the dtype does to the same model with a scale base for which this length is nothing; another model, so
+    # the same only in kind: within a factor of 4
+    forced = (nearby_rounded(x[:, :seq_len]).double() - nearby(x[:, :seq_len])).abs().max()
+    assert error <= 4 * forced
+
+    with pytest.raises(ValueError, match=rf"seq_len = {seq_len + 1}.* {seq_len} .*{dtype}.*kv cache.*scale_base"):
+        rounded(x)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize(
+    "feature", ["mask", "seq_start_pos", "mems", "cache", "num_mem_kv", "max_attend_past", "alibi"]
+)
+def test_with_a_mask_no_key_ahead_turns_a_score_into_nan(flash, feature):
+    # scores of keys ahead overflow at half the window, and flash attention adds the mask to them
+    options = dict(scale_base_options(torch.float32, flash), alibi_pos_bias=feature == "alibi")
+    options.update(attn_num_mem_kv=2 * (feature == "num_mem_kv"))
+    options.update(attn_max_attend_past=10_000 if feature == "max_attend_past" else None)
+    seq_len = limit(torch.float32, 4, masked=True)
+    model = build(options, 0, dtype=torch.float32, max_mem_len=8)
+    x = tokens(0, 2, seq_len + 9)
+    kwargs = {
+        "mask": lambda: dict(mask=torch.ones(2, seq_len, dtype=torch.bool)),
+        "seq_start_pos": lambda: dict(seq_start_pos=torch.tensor([0, 3])),
+        "mems": lambda: dict(mems=model(x[:, :8], return_mems=True)[1]),
+        "cache": lambda: dict(
+            cache=model(x[:, :8], return_intermediates=True)[1], cache_age=seq_len, input_not_include_cache=True
+        ),
+    }.get(feature, dict)()
+
+    assert torch.isfinite(model(x[:, :seq_len], **kwargs)).all()
+
+    if feature == "mask":
+        kwargs = dict(mask=torch.ones(2, seq_len + 1, dtype=torch.bool))
+    if feature == "cache":
+        kwargs.update(cache_age=seq_len + 1)
+    with pytest.raises(ValueError, match=f"seq_len = {seq_len + 1}"):
+        model(x[:, : seq_len + 1], **kwargs)
+
+
+@given(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from([4, 64, 512, 4096]))
+def test_the_limit_is_the_same_for_every_rotated_dim(dtype, scale_base):
+    for dim in (4, 32, 64):
+        rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base)
+        assert rotary.max_seq_len(dtype) == limit(dtype, scale_base)
+        assert rotary.max_seq_len(dtype, masked=True) == limit(dtype, scale_base, masked=True)
+
+
+def test_limits_at_the_default_scale_base():
+    rotary = RotaryEmbedding(32, use_xpos=True)
+
+    limits = {dtype: rotary.max_seq_len(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+    assert limits == {torch.float32: 69_122, torch.bfloat16: 69_118, torch.float16: 5_665}
+
+
+def test_the_error_comes_before_any_layer_runs_and_autocast_decides_the_dtype():
+    model = build(scale_base_options(torch.float32, False), 0, dtype=torch.float32)
+    ran: list[object] = []
+    for layer in model.attn_layers.layers.modules():
+        layer.register_forward_pre_hook(lambda module, args: ran.append(module))
+    seq_len = limit(torch.float16, 4) + 1
+
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="float16"):
+        model(tokens(0, 1, seq_len))
+
+    assert not ran
+    model(tokens(0, 1, seq_len))
+
+
+def test_decoding_is_not_limited_by_what_is_in_the_cache():
+    model = build(scale_base_options(torch.float16, False), 0)
+    half = deepcopy(model).half()
+    seq_len = 8 * limit(torch.float16, 4)
+    x = tokens(0, 1, seq_len)
+    chunks = [32] * (seq_len // 32) + [seq_len % 32] * (seq_len % 32 > 0)
+
+    error = (prefill(half, x, chunks).double() - prefill(model, x, chunks)).abs().max()
+
+    # four layers' worth of float16 roundings
+    assert error <= 64 * torch.finfo(torch.float16).eps * model(x).abs().max()
+
+
+@pytest.mark.parametrize("where", ["pos", "context_pos"])
+def test_custom_positions_too_far_apart_are_an_error(where):
+    options = dict(scale_base_options(torch.float32, False), cross_attend=True)
+    model = build(options, 0, dtype=torch.float32)
+    far = limit(torch.float32, 4) + 100
+    pos, context_pos = torch.arange(4), torch.arange(4)
+    context = torch.randn(1, 4, 64)
+    (pos if where == "pos" else context_pos)[-1] = far
+
+    with pytest.raises(RuntimeError, match=f"`{where}`|`pos` or `context_pos`"):
+        model(tokens(0, 1, 4), pos=pos, context=context, context_pos=context_pos)
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails where a value is read back from the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@given(splits())
+def test_the_limit_is_checked_without_reading_back_from_the_device(lens):
+    layers = build(dict(scale_base_options(torch.float32, True), cross_attend=True), 0, dtype=torch.float32).attn_layers
+    x, context = torch.randn(1, sum(lens), 64), torch.randn(1, 5, 64)
+
+    with NoReadBack():
+        layers(x, context=context, context_pos=torch.arange(5))
+        layers(x, pos=torch.arange(sum(lens)), context=context, context_pos=torch.arange(5))
+
+
+# refusals
+
+
+@pytest.mark.parametrize("option", ["attn_l2_distance", "attn_use_cope"])
+@pytest.mark.regression
+def test_scores_outside_of_the_dot_product_are_refused(option):
+    options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
+
+    with pytest.raises(AssertionError, match=f"{option}.*rotary_pos_emb"):
+        Decoder(**options, rotary_xpos=True, **{option: True})
+
+    Decoder(**options, rotary_pos_emb=True, **{option: True})
+
+
+@pytest.mark.regression
+def test_l2_distance_in_cross_attention_is_refused_only_with_context_positions():
+    options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, rotary_xpos=True, verbose=False)
+    model = cross_model(dict(options, cross_attn_l2_distance=True), 0)
+    x, context = tokens(0, 1, 4), randn(0, 1, 4, 16)
+
+    model(x, context=context)
+
+    with pytest.raises(AssertionError, match="l2"):
+        model(x, context=context, context_pos=torch.arange(4))
+
+
+@pytest.mark.regression
+def test_turning_causality_off_on_forward_is_refused():
+    options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
+    x = tokens(0, 1, 4)
+
+    with pytest.raises(AssertionError, match=r"causal.*rotary_pos_emb"):
+        build(dict(options, rotary_xpos=True), 0)(x, causal=False)
+
+    build(dict(options, rotary_xpos=True), 0)(x, causal=True)
+    build(dict(options, rotary_pos_emb=True), 0)(x, causal=False)
+
+
+# shards
+
+
+class GatheredKeys:
+    """Runs shards of one sequence side by side; each attention gets the keys and values of all, as from all-gather."""
+
+    def __init__(self, models: list[AttentionLayers]) -> None:
+        self.barrier = threading.Barrier(len(models), timeout=60)
+        self.shared: list[tuple[Tensor, Tensor] | None] = [None] * len(models)
+        for rank, model in enumerate(models):
+            for attention in (m for m in model.modules() if isinstance(m, Attention)):
+                attention.attend.forward = self.gathering(rank, attention.attend.forward)
+
+    def gathering(self, rank, forward):
+        def attend(q, k, v, **kwargs):
+            self.shared[rank] = (k, v)
+            self.barrier.wait()
+            # causal: a shard sees those before it and itself
+            k, v = (torch.cat(t, dim=-2) for t in zip(*self.shared[: rank + 1]))
+            self.barrier.wait()
+            return forward(q, k, v, **kwargs)
+
+        return attend
+
+
+def run_shards(models: list, inputs: list[Tensor], per_shard: list[dict]) -> Tensor:
+    GatheredKeys([m.attn_layers for m in models])
+    out: list[Tensor | BaseException] = [None] * len(models)
+
+    def run(rank: int) -> None:
+        try:
+            with torch.no_grad():
+                out[rank] = models[rank](inputs[rank], **per_shard[rank])
+        except BaseException as error:
+            out[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in out:
+        if isinstance(result, BaseException):
+            raise result
+    return torch.cat(out, dim=1)
+
+
+@settings(max_examples=20)
+@given(decoder_options(), seeds, st.lists(st.integers(1, 12), min_size=2, max_size=4), st.booleans())
+@pytest.mark.regression
+def test_the_same_window_on_every_shard_equals_the_unsharded_model(options, seed, lens, continuous):
+    seq_len = sum(lens)
+    if continuous:
+        model = ContinuousTransformerWrapper(
+            dim_in=4, dim_out=4, max_seq_len=64, use_abs_pos_emb=False, attn_layers=Decoder(**options)
+        )
+        model = randomize_(model.double(), seed).eval()
+        x = randn(seed, 2, seq_len, 4)
+    else:
+        model, x = build(options, seed), tokens(seed, 2, seq_len)
+
+    starts = [sum(lens[:rank]) for rank in range(len(lens))]
+    if continuous:
+        # this wrapper keeps `pos` to itself, so each shard counts from 0 and says where the whole begins from there
+        per_shard = [dict(rotary_window=(-start, seq_len)) for start in starts]
+    else:
+        per_shard = [
+            dict(pos=torch.arange(start, start + n), rotary_window=(0, seq_len)) for start, n in zip(starts, lens)
+        ]
+
+    with torch.no_grad():
+        expected = model(x)
+
+    sharded = run_shards([deepcopy(model) for _ in lens], list(x.split(lens, dim=1)), per_shard)
+
+    assert_equal_to_rounding(sharded, expected)
+
+
+@given(decoder_options(), seeds, splits(), st.integers(0, 100))
+@pytest.mark.regression
+def test_a_wider_window_changes_nothing_but_rounding(options, seed, lens, wider):
+    model = build(options, seed)
+    x = tokens(seed, 2, sum(lens))
+
+    full = model(x)
+
+    assert_equal_to_rounding(model(x, rotary_window=(0, sum(lens) + wider)), full)
+    _, cache = model(x[:, : lens[0]], return_intermediates=True)
+    new = sum(lens[1:])
+    decoded = model(x, cache=cache, cache_age=new, rotary_window=(0, sum(lens)))
+    assert_equal_to_rounding(decoded, full[:, lens[0] :])
