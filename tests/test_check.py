@@ -363,7 +363,8 @@ RotaryEmbedding.forward = _without_window
 QUERIES_ONE_OFF_AFTER_OTHER_KEYS = """
 _apply = apply_rotary_pos_emb
 def apply_rotary_pos_emb(t, freqs, scale = 1):
-    if t.shape[-2] < freqs.shape[-2]:
+    # the table starts with one entry for the keys without a position
+    if t.shape[-2] + 1 < freqs.shape[-2]:
         freqs, scale = freqs[:, :-1], scale[:, :-1]
     return _apply(t, freqs, scale)
 """
