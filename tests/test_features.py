@@ -45,7 +45,6 @@ def test_memory_key_values_keep_prefix_consistency_and_cache(options, num_mem_kv
 
 
 @given(decoder_options(), num_mems, seeds, splits())
-@pytest.mark.regression
 def test_memory_key_values_stay_at_position_0_behind_mems(options, num_mem_kv, seed, lens):
     # the mems are at negative positions then; in one layer, as theirs are the same wherever they were computed
     model = build({**options, "depth": 1, "attn_num_mem_kv": num_mem_kv}, seed, max_mem_len=1024)
