@@ -31,7 +31,8 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
     as keys at position 0.
 
     Raises ValueError if `seq_len` is not positive, if the model has no memory keys that xPos applies to, and for
-    `attn_qk_norm`, which normalises the memory keys, so that no factor can be folded into them. Nothing is changed then.
+    `attn_qk_norm`, which normalises the memory keys, so that no factor can be folded into them. Nothing is
+    changed then.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len must be the length that the model was trained at, at least 1, got {seq_len}")

@@ -771,7 +771,7 @@ def _entries() -> Iterator[Entry]:
             calls=(_rotary_table,),
             needs=_CROSS,
             needs_calls=_CROSS_CALLS,
-            refused="with `context_pos` needs `pos` to be passed in rather than `rotary_pos_emb`",
+            refused="needs `pos` to be passed in rather than `rotary_pos_emb`",
         ),
     )
     yield _call("polar_pos_emb", reason="of polar_pos_emb")
@@ -850,7 +850,9 @@ def _of_cross_attention(entry: Entry) -> Entry:
     if option == "cross_attn_l2_distance":
         # without positions of the context its queries and keys are not rotated
         of_context = Setting("True", {option: True}, needs=_CROSS, needs_calls=(_context,))
-        with_positions = replace(of_context, label="True, context_pos", needs_calls=_CROSS_CALLS, refused="cross_attn_l2_distance")
+        with_positions = replace(
+            of_context, label="True, context_pos", needs_calls=_CROSS_CALLS, refused="cross_attn_l2_distance"
+        )
         return Entry(option, (of_context, with_positions))
     if entry.option in _NOT_GIVEN:
         needs, value, fails = _NOT_GIVEN[entry.option]
