@@ -21,6 +21,7 @@ import torch
 import x_transformers
 from x_transformers.xpos import __main__ as command
 from x_transformers.xpos import formula, models, package, properties, provenance, report
+from x_transformers.xpos.subject import Point, Subject, deviation
 
 LINE = Path(__file__).parent.parent / "patches" / "2.x"
 PACKAGE = Path(x_transformers.__file__).parent
@@ -141,7 +142,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--max-len", "many"], ["--max-len", "many"]),
         (["--max-len", "63"], ["--max-len", "63", "64 or more"]),
         (["--max-len", "-1"], ["--max-len", "-1", "64 or more"]),
-        (["--max-len", "100000", "--dtype", "float16"], ["--max-len", "100000", "float16", "6798 or fewer"]),
+        (["--max-len", "100000", "--dtype", "float16"], ["--max-len", "100000", "float16", "5665 or fewer"]),
+        (["--max-len", "32862"], ["--max-len", "32862", "float32", "32861 or fewer"]),
         (["--text", "missing.txt"], ["--text", "missing.txt", "readable file"]),
         (["--text", "."], ["--text", "readable file"]),
         (["--text", "short.txt"], ["--max-len", "4096", "7 bytes of short.txt", "--text FILE"]),
@@ -261,8 +263,8 @@ def test_nothing_is_left_at_zero_or_one() -> None:
     assert constant == []
 
 
-def short_subject(dtype: torch.dtype = torch.float32) -> properties.Subject:
-    return properties.Subject(torch.arange(64), 64, device=torch.device("cpu"), dtype=dtype)
+def short_subject(dtype: torch.dtype = torch.float32) -> Subject:
+    return Subject(torch.arange(64), 64, device=torch.device("cpu"), dtype=dtype)
 
 
 @torch.no_grad()
@@ -273,12 +275,12 @@ def test_attention_is_far_from_uniform() -> None:
 
 
 def test_a_property_that_raises_fails_and_the_rest_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raises(_subject: properties.Subject) -> Iterator[properties.Point]:
-        yield properties.Point(1, 0.0)
+    def raises(_subject: Subject) -> Iterator[Point]:
+        yield Point(1, 0.0)
         raise RuntimeError("on\ntwo lines")
 
-    def holds(_subject: properties.Subject) -> Iterator[properties.Point]:
-        yield properties.Point(1, 0.0)
+    def holds(_subject: Subject) -> Iterator[Point]:
+        yield Point(1, 0.0)
 
     chosen = [
         properties.Property(name, name, measure, lambda _: 0.0) for name, measure in (("a", raises), ("b", holds))
@@ -290,7 +292,7 @@ def test_a_property_that_raises_fails_and_the_rest_still_run(monkeypatch: pytest
 
 
 def test_table_and_json_show_the_same_numbers() -> None:
-    point = properties.Point(7, 1.5e-3, "somewhere")
+    point = Point(7, 1.5e-3, "somewhere")
     results = (
         properties.Result("a", "a good one", 1.5e-3, 2.5e-3, "7 to 7", (point,)),
         properties.Result("b", "a bad one", 5e-3, 2.5e-3, "7 to 7", (point,)),
@@ -330,7 +332,7 @@ def test_table_and_json_show_the_same_numbers() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_never_passes(value: float) -> None:
     bad = torch.tensor([value])
-    assert properties.deviation(bad, bad) == math.inf
+    assert deviation(bad, bad) == math.inf
     result = properties.Result("key", "name", math.inf, 1.0, "")
     assert not result.passed
 

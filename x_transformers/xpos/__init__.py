@@ -18,6 +18,7 @@ It works on an unpatched x_transformers too, and says what is wrong with it.
 from __future__ import annotations
 
 from .migrate import fold_mem_kv_
-from .properties import Point, Result, Subject, check
+from .properties import Result, check
+from .subject import Point, Subject
 
 __all__ = ["Point", "Result", "Subject", "check", "fold_mem_kv_"]

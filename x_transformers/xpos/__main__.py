@@ -16,6 +16,7 @@ from typing import NoReturn, TextIO
 import torch
 
 from . import models, package, properties, report, survey, text
+from .subject import MIN_LEN, Subject
 
 PROG = "python -m x_transformers.xpos"
 DEFAULT_MAX_LEN = 4_096
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole_number,
         default=DEFAULT_MAX_LEN,
         metavar="N",
-        help=f"how much text to read in one call, in bytes, at least {properties.MIN_LEN} (default: {DEFAULT_MAX_LEN})",
+        help=f"how much text to read in one call, in bytes, at least {MIN_LEN} (default: {DEFAULT_MAX_LEN})",
     )
     check.add_argument("--text", metavar="FILE", help="the text to read (default: the topics of Python's own help)")
     check.add_argument("--json", action="store_true", help="one JSON document on standard output instead of a table")
@@ -136,7 +137,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     found = package.describe()
     progress = Progress(sys.stderr, len(properties.PROPERTIES))
-    subject = properties.Subject(torch.tensor(list(content)), max_len, device=device, dtype=dtype)
+    subject = Subject(torch.tensor(list(content)), max_len, device=device, dtype=dtype)
     results = properties.check(subject, progress)
     progress.clear()
 
@@ -169,9 +170,9 @@ def _whole_number(value: str) -> int:
 
 
 def _max_len(value: int, dtype: str) -> int:
-    if value < properties.MIN_LEN:
-        raise UsageError(f"argument --max-len: {value} is too small; give {properties.MIN_LEN} or more")
-    longest = models.longest_window(DTYPES[dtype])
+    if value < MIN_LEN:
+        raise UsageError(f"argument --max-len: {value} is too small; give {MIN_LEN} or more")
+    longest = models.longest_window(DTYPES[dtype], masked=True)
     if value > longest:
         raise UsageError(
             f"argument --max-len: {value} queries in one call leave the range of {dtype}; give {longest} or fewer, "

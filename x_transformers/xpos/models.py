@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from x_transformers import Attention, Decoder, TransformerWrapper
 from x_transformers.attend import Intermediates
-from x_transformers.x_transformers import LayerIntermediates
+from x_transformers.x_transformers import LayerIntermediates, RotaryEmbedding
 
 from . import formula
 
@@ -33,16 +34,19 @@ SUMMARY = f"{DEPTH} layers, {HEADS} heads of {DIM_HEAD} dims, {ROTARY_DIM} rotat
 
 # Standard deviation of a score is about the square of this, so one key in some hundred gets most of a softmax.
 _QUERY_KEY_STD = 1.5
-# Elements of q and k in these models stay below this.
-_LARGEST_ELEMENT = 16
+# What an element of q or k may reach before it is scaled.
+_ROOM = 64
 
 
-def build(max_len: int, *, xpos: bool = True, flash: bool = True, depth: int = DEPTH, seed: int = SEED) -> nn.Module:
+def build(
+    max_len: int, *, xpos: bool = True, flash: bool = True, depth: int = DEPTH, seed: int = SEED, **options: Any
+) -> nn.Module:
     """A byte-level `TransformerWrapper` in eval mode, float32 on the CPU; tokens `(b, n)` to logits `(b, n, 256)`.
 
     `xpos=False` is the same model with the same weights and no positions of any kind. `flash=False` keeps the scores,
-    which `scaled_dot_product_attention` does not give out. `max_len` is the longest text, context included. The same
-    arguments give the same weights, and torch's global random state is left as it was.
+    which `scaled_dot_product_attention` does not give out. `max_len` is the longest text, context included. `options`
+    are further ones of `Decoder`. The same arguments give the same weights, and torch's global random state is left as
+    it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,6 +63,7 @@ def build(max_len: int, *, xpos: bool = True, flash: bool = True, depth: int = D
                 attn_flash=flash,
                 rotary_xpos=xpos,
                 rotary_emb_dim=ROTARY_DIM,
+                **options,
             ),
         )
         _randomise(net)
@@ -76,13 +81,25 @@ def reference_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def longest_window(dtype: torch.dtype) -> int:
+def longest_window(dtype: torch.dtype, scale_base: float = formula.SCALE_BASE, *, masked: bool = False) -> int:
     """How many queries fit into one call before the decay, split between q and k, leaves the range of `dtype`.
 
-    The center is in the middle of the queries, so q is scaled by up to (1 / ζ_0) ** (window / 2 / S).
+    `masked` says that the scores with keys ahead have to be finite as well, in float32 or wider, as they have for a
+    mask or positions of one's own.
+
+    Where the package does not say, the same is computed here: the center is in the middle of the queries, so q and k
+    are scaled by up to (1 / ζ_0) ** (window / 2 / S), and their scores by its square, which leaves room for elements of
+    up to 64.
     """
-    growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / formula.SCALE_BASE
-    return int(2 * math.log(torch.finfo(dtype).max / _LARGEST_ELEMENT) / growth)
+    score_dtype = torch.promote_types(dtype, torch.float32) if masked else None
+    rotary = RotaryEmbedding(ROTARY_DIM, use_xpos=True, scale_base=scale_base)
+    if hasattr(rotary, "max_seq_len"):
+        return int(rotary.max_seq_len(dtype, score_dtype))
+    largest = torch.finfo(dtype).max
+    if score_dtype is not None:
+        largest = min(largest, math.sqrt(torch.finfo(score_dtype).max))
+    growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / scale_base
+    return int(2 * math.log(largest / _ROOM) / growth)
 
 
 def random_cache(length: int, depth: int, device: torch.device, dtype: torch.dtype) -> LayerIntermediates:
@@ -98,9 +115,14 @@ def random_cache(length: int, depth: int, device: torch.device, dtype: torch.dty
 
 @dataclass
 class Observed:
-    """What one layer computed: queries before rotation `(heads, i, dim_head)`, scores `(heads, i, j)`."""
+    """What one layer computed: queries before and after rotation `(heads, i, dim_head)`, scores `(heads, i, j)`.
+
+    `rotated_keys` `(heads, j, dim_head)` are those that the queries met.
+    """
 
     queries: Tensor = field(default_factory=lambda: torch.empty(0))
+    rotated_queries: Tensor = field(default_factory=lambda: torch.empty(0))
+    rotated_keys: Tensor = field(default_factory=lambda: torch.empty(0))
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -121,9 +143,13 @@ def observe(net: nn.Module, rows: Tensor) -> Iterator[list[Observed]]:
             layer.queries = q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1)
 
         def note_scores(
-            _module: nn.Module, _args: object, output: tuple[Tensor, Intermediates], layer: Observed = layer
+            _module: nn.Module,
+            args: tuple[Tensor, ...],
+            output: tuple[Tensor, Intermediates],
+            layer: Observed = layer,
         ) -> None:
             intermediates = output[1]
+            layer.rotated_queries, layer.rotated_keys = args[0][0, :, rows], args[1][0]
             layer.scores = intermediates.qk_similarities[0, :, rows]
             intermediates.qk_similarities = intermediates.pre_softmax_attn = intermediates.post_softmax_attn = None
 

@@ -1,18 +1,8 @@
 """What must hold for xPos at every length, each measured on a real model over real text.
 
 A property is a generator that yields a `Point` per length: how far two computations that must agree are apart.
-`check` runs all of them and judges the largest deviation of each.
-
-Tolerances follow from the dtype, in the way the flash-attention authors judge theirs; none is picked.
-
-- Logits: the error that the dtype itself forces is measured on the same model with the same weights and no positions
-  at all, in the dtype against float64, on the same text: in one call, and also decoding or in chunks for the properties
-  that are about those (kernels for fewer queries than keys add up a long row in another order). The tolerance is 4
-  times that: two runs are compared, and each of them rounds q and k once more, after the rotation. A float64 model has
-  nothing to be compared with, so there the error of its float32 copy is scaled by the ratio of the unit roundoffs; and
-  no wider type to compute its angles in, which makes the one rounding more as large as `angle_error`.
-- Scores: `score_tolerance`, from the unit roundoff alone.
-- A shift of all positions changes nothing, so its tolerance is exactly 0.
+`check` runs all of them and judges the largest deviation of each. Those about further options of a decoder are in
+`features`.
 """
 
 from __future__ import annotations
@@ -20,36 +10,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper
 from x_transformers.x_transformers import LayerIntermediates
 
-from . import formula, models
-
-MIN_LEN = 64
+from . import features, models
+from .subject import (
+    GREEDY_STEPS,
+    STEPS,
+    Point,
+    Subject,
+    decode,
+    deviation,
+    part_sizes,
+    prefill,
+    score_error,
+    score_tolerance,
+)
 
 SHIFTS = (1, 4_097, 1_000_000)
 CACHE_LENGTHS = (1_000, 10_000, 100_000)
 
-_STEPS = 16
-_GREEDY_STEPS = 32
 _GREEDY_LONGEST_PROMPT = 512
 _SCORE_LONGEST = 4_096
 _SCORE_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Point:
-    """How far two computations over `length` positions are apart; infinite where one of them is not finite."""
-
-    length: int
-    deviation: float
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,112 +59,6 @@ class Result:
     @property
     def verdict(self) -> str:
         return "pass" if self.passed else "FAIL"
-
-
-class ForcedErrors(NamedTuple):
-    """What the dtype alone does to the logits of one call, of that and decoding, of that and chunks."""
-
-    call: float
-    decoding: float
-    chunks: float
-
-
-class Subject:
-    """The model under check, the text it reads and what it gives for all of it at once.
-
-    `text` holds byte values, `(max_len,)` or longer, of which the first `max_len` are read. Raises ValueError if there
-    are fewer, or if `max_len` is less than MIN_LEN.
-    """
-
-    def __init__(self, text: Tensor, max_len: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        if max_len < MIN_LEN:
-            raise ValueError(f"max_len must be at least {MIN_LEN}, got {max_len}")
-        if len(text) < max_len:
-            raise ValueError(f"text must hold at least max_len = {max_len} bytes, got {len(text)}")
-        self.max_len, self.device, self.dtype = max_len, device, dtype
-        self.tokens = text[None, :max_len].to(device)
-        self.room = max_len + _GREEDY_STEPS
-
-    @cached_property
-    def net(self) -> nn.Module:
-        return models.build(self.room).to(self.device, self.dtype)
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """A ladder from 1 to `max_len`, each about 5/8 of the next, so that odd and even lengths both occur."""
-        ladder, length = [], self.max_len
-        while length >= 1:
-            ladder.append(length)
-            length = length * 5 // 8
-        return tuple(reversed(ladder))
-
-    @cached_property
-    def full(self) -> Tensor:
-        """The logits of the whole text in one call, `(1, max_len, 256)`."""
-        logits: Tensor = self.net(self.tokens)
-        return logits
-
-    @cached_property
-    def forced_errors(self) -> ForcedErrors:
-        """The errors of the logits that the dtype alone forces; the module's docstring says how they are measured."""
-        measured = torch.float32 if self.dtype is torch.float64 else self.dtype
-        net = models.build(self.room, xpos=False).to(self.device, measured)
-        exact = models.as_float64(net, self.device)(self.tokens.to(models.reference_device(self.device)))
-        ratio = unit_roundoff(self.dtype) / unit_roundoff(measured)
-
-        start = self.max_len - _STEPS
-        call = ratio * deviation(net(self.tokens), exact)
-        decoding = ratio * deviation(
-            _decode(net, self.tokens, start, input_not_include_cache=True), exact[:, start - 1 :]
-        )
-        chunks = ratio * max(deviation(_chunks(net, self.tokens, size), exact) for size in _part_sizes(self.max_len))
-        if not math.isfinite(call + decoding + chunks):
-            # as a tolerance it would let everything pass
-            raise ArithmeticError(f"the model without positions is not finite in {measured}")
-        return ForcedErrors(call, max(call, decoding), max(call, chunks))
-
-    @property
-    def logit_factor(self) -> float:
-        """The tolerance of logits in units of the forced error: 4, and more in float64."""
-        roundings = angle_error(self.max_len) if self.dtype is torch.float64 else 1
-        return 2 * (1 + roundings)
-
-
-def deviation(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference, in float64; infinite where either is not finite."""
-    difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs()
-    return float(difference.max()) if bool(difference.isfinite().all()) else math.inf
-
-
-def unit_roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def angle_error(length: int) -> float:
-    """Bound on the error of a float64 angle, in unit roundoffs, of a position up to `length` / 2 from the center.
-
-    The frequency (at most 1) is off by 2, the product by 1, the wrapping into 0 to 2 pi by 1, all times the distance.
-    """
-    return 4 * length / 2
-
-
-def score_tolerance(dtype: torch.dtype, length: int, dim_head: int = models.DIM_HEAD) -> float:
-    """How far a score may be off, relative to the largest sum of its terms' sizes among the keys of its query.
-
-    With u the unit roundoff of the dtype, and w that of the arithmetic (float32, or float64 for a float64 model):
-
-    - q and k are rounded to the dtype after the rotation, the product is rounded and so is its scaling: 4 u
-    - each rotated element is a cosine and a sine (1 w) of an angle from 0 to 2 pi (4 w), a scale (1 w, for k and its
-      reciprocal 2 w), two products and a sum (3 w): 9 w for q, 10 w for k; a rotation mixes the two elements of a pair,
-      so sqrt(2) times that
-    - the dot product adds dim_head terms: sqrt(dim_head) w, as roundings of either sign add up
-
-    Only in float64 can the angles be had with no more digits than w: of q, of k and of the formula they are off by
-    `angle_error` of `length`, the number of keys, instead of 4 w.
-    """
-    arithmetic = unit_roundoff(torch.promote_types(dtype, torch.float32))
-    rotation = 19 if dtype is not torch.float64 else 11 + 3 * angle_error(length)
-    return 4 * unit_roundoff(dtype) + (math.sqrt(2) * rotation + math.sqrt(dim_head)) * arithmetic
 
 
 # the properties
@@ -202,58 +84,26 @@ def cached_decode_new(subject: Subject) -> Iterator[Point]:
 def _cached_decode(subject: Subject, *, input_not_include_cache: bool) -> Iterator[Point]:
     for length in subject.lengths:
         # the last tokens of the prefix; of a shorter one all but the first
-        start = max(1, length - _STEPS)
+        start = max(1, length - STEPS)
         tokens = subject.tokens[:, :length]
-        logits = _decode(subject.net, tokens, start, input_not_include_cache=input_not_include_cache)
+        logits = decode(subject.net, tokens, start, input_not_include_cache=input_not_include_cache)
         yield Point(length, deviation(logits, subject.full[:, start - 1 : length]))
-
-
-def _decode(net: nn.Module, tokens: Tensor, start: int, *, input_not_include_cache: bool) -> Tensor:
-    """Logits from position `start - 1` on, after one call for `tokens[:, :start]` and one for each token more."""
-    logits, cache = net(tokens[:, :start], return_intermediates=True)
-    found = [logits[:, -1:]]
-    for end in range(start + 1, tokens.shape[1] + 1):
-        first = end - 1 if input_not_include_cache else 0
-        logits, cache = net(
-            tokens[:, first:end],
-            cache=cache,
-            input_not_include_cache=input_not_include_cache,
-            return_intermediates=True,
-        )
-        found.append(logits[:, -1:])
-    return torch.cat(found, dim=1)
 
 
 def chunked_prefill(subject: Subject) -> Iterator[Point]:
     """Chunks through the KV cache equal one call for all, whatever the size of the chunks."""
-    for size in _part_sizes(subject.max_len):
-        yield from _by_length(subject, _chunks(subject.net, subject.tokens, size), f"parts of {size:,}")
-
-
-def _chunks(net: nn.Module, tokens: Tensor, size: int) -> Tensor:
-    """Logits of all tokens, `size` of them in each call."""
-    found, cache = [], None
-    for chunk in tokens.split(size, dim=1):
-        logits, cache = net(
-            chunk, cache=cache, input_not_include_cache=True, cache_age=chunk.shape[1], return_intermediates=True
-        )
-        found.append(logits)
-    return torch.cat(found, dim=1)
+    for size in part_sizes(subject.max_len):
+        yield from _by_length(subject, prefill(subject.net, subject.tokens, size), f"parts of {size:,}")
 
 
 def segments_with_mems(subject: Subject) -> Iterator[Point]:
     """Segments that carry the hidden states of all before them equal one call for all."""
-    for size in _part_sizes(subject.max_len):
+    for size in part_sizes(subject.max_len):
         found, mems = [], None
         for segment in subject.tokens.split(size, dim=1):
             logits, mems = subject.net(segment, mems=mems, return_mems=True)
             found.append(logits)
         yield from _by_length(subject, torch.cat(found, dim=1), f"parts of {size:,}")
-
-
-def _part_sizes(length: int) -> tuple[int, ...]:
-    # an even split, and an odd size that leaves a shorter last part
-    return (length // 4, length // 7 | 1)
 
 
 def _by_length(subject: Subject, logits: Tensor, note: str) -> Iterator[Point]:
@@ -295,7 +145,7 @@ def greedy_generation(subject: Subject) -> Iterator[Point]:
     for length in [length for length in subject.lengths if length <= longest][::-3][::-1]:
         prompt = subject.tokens[:, :length]
         cached, uncached = (
-            generator.generate(prompt, _GREEDY_STEPS, temperature=0.0, cache_kv=cache_kv)[0]
+            generator.generate(prompt, GREEDY_STEPS, temperature=0.0, cache_kv=cache_kv)[0]
             for cache_kv in (True, False)
         )
         differs = (cached != uncached).nonzero()
@@ -333,13 +183,8 @@ def _score_points(layers: list[models.Observed], cache: LayerIntermediates, quer
     for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
         keys = inter.cached_kv[0][0]
         length = keys.shape[-2]
-        query_pos = query_pos.cpu()
-        key_pos = torch.arange(length)
-        exact, size = formula.scores(layer.queries, keys, query_pos, key_pos, rotary_dim=models.ROTARY_DIM)
-        error = (layer.scores.cpu().double() - exact).abs() / size.amax(dim=-1, keepdim=True)
-        error = error[:, query_pos[:, None] >= key_pos]
-        found = float(error.max()) if bool(error.isfinite().all()) else math.inf
-        yield Point(length, found, f"layer {number}")
+        error = score_error(layer.scores, layer.queries, keys, query_pos, torch.arange(length))
+        yield Point(length, error, f"layer {number}")
 
 
 # the run
@@ -387,6 +232,13 @@ PROPERTIES = (
     Property("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
     Property("scores", "scores, all queries", scores_of_all_queries, _of_scores),
     Property("scores-cache", "scores, long cache", scores_on_long_cache, _of_scores_on_cache),
+    Property("scores-bf16", "scores, cast to bfloat16", *features.scores_cast_to(torch.bfloat16)),
+    Property("scores-f16", "scores, cast to float16", *features.scores_cast_to(torch.float16)),
+    Property("scores-shards", "scores, across shards", features.scores_across_shards, _of_scores),
+    *(Property(feature.key, feature.name, feature.measure, feature.tolerance) for feature in features.WITH_OTHER_KEYS),
+    Property("table", "table passed in", features.table_passed_in, _of_decoding),
+    Property("range", "up to the limit", features.up_to_the_limit, _of_chunks),
+    Property("refusals", "refusals", features.refusals, _none),
 )
 
 
