@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import rescaled_base, xpos_score
 from strategies import build, decoder_options, randomize_, seeds, shifts, softmax, splits, tokens
-from test_properties import assert_equal_to_rounding, decode, prefill
+from test_properties import assert_equal_to_rounding, decode, prefill, prefill_with_cache
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -227,13 +228,15 @@ def test_cross_attention_scores_equal_the_formula(seed, seq_len, context_len, co
     assert_equal_to_rounding(inter.attn_intermediates[1].qk_similarities, expected)
 
 
-def test_a_table_passed_in_cannot_be_combined_with_context_positions():
+@pytest.mark.parametrize("argument", ["context_pos", "rotary_window"])
+def test_a_table_passed_in_cannot_be_combined_with_what_has_another_window(argument):
     options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, rotary_xpos=True, verbose=False)
     model = cross_model(options, 0)
     table = model.attn_layers.rotary_pos_emb(torch.arange(4))
+    kwargs = {"context_pos": torch.arange(4), "rotary_window": (0, 4)}
 
-    with pytest.raises(AssertionError, match="context_pos"):
-        model(tokens(0, 1, 4), rotary_pos_emb=table, context=randn(0, 1, 4, 16), context_pos=torch.arange(4))
+    with pytest.raises(AssertionError, match=f"`{argument}`.*`pos`"):
+        model(tokens(0, 1, 4), rotary_pos_emb=table, context=randn(0, 1, 4, 16), **{argument: kwargs[argument]})
 
 
 # rows with positions of their own
@@ -262,12 +265,20 @@ def scale_base_options(dtype: torch.dtype, flash: bool) -> dict:
     return dict(options, rotary_xpos=True, rotary_emb_dim=32, rotary_xpos_scale_base=4)
 
 
-def limit(dtype: torch.dtype, scale_base: float, *, masked: bool = False) -> int:
-    """The longest window in which (1 / zeta_0) ** (n / 2 / S) leaves values of up to 64 in range."""
-    largest = torch.finfo(dtype).max
-    if masked:
-        largest = min(largest, math.sqrt(torch.finfo(torch.float32).max))
-    return math.floor(2 * scale_base * math.log(largest / 64) / math.log(1.4 / 0.4))
+def limit(dtype: torch.dtype, scale_base: float, sim_dtype: torch.dtype | None = None) -> int:
+    """The longest window in which (1 / zeta_0) ** (n / 2 / S) leaves values of up to 64 in range.
+
+    And, if `sim_dtype` is given, its square the product of two of them, for the query and the key furthest apart.
+    """
+    largest = torch.finfo(dtype).max / 64
+    if sim_dtype is not None:
+        largest = min(largest, math.sqrt(torch.finfo(sim_dtype).max) / 64)
+    return math.floor(2 * scale_base * math.log(largest) / math.log(1.4 / 0.4))
+
+
+def masked_limit(dtype: torch.dtype, scale_base: float) -> int:
+    """The same where the scores with keys ahead, in float32 or wider, have to be finite for a mask to be added."""
+    return limit(dtype, scale_base, torch.promote_types(dtype, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -276,7 +287,7 @@ def limit(dtype: torch.dtype, scale_base: float, *, masked: bool = False) -> int
 @pytest.mark.regression
 def test_up_to_the_limit_finite_and_accurate_and_beyond_it_an_error(dtype, flash, num_mem_kv):
     options = dict(scale_base_options(dtype, flash), attn_num_mem_kv=num_mem_kv)
-    seq_len = limit(dtype, 4, masked=num_mem_kv > 0)
+    seq_len = limit(dtype, 4) if flash and num_mem_kv == 0 else masked_limit(dtype, 4)
     model = build(options, 0)
     nearby = build(dict(options, rotary_xpos_scale_base=4 * 64), 0)
     rounded, nearby_rounded = deepcopy(model).to(dtype), deepcopy(nearby).to(dtype)
@@ -293,21 +304,33 @@ def test_up_to_the_limit_finite_and_accurate_and_beyond_it_an_error(dtype, flash
         rounded(x)
 
 
+MASKED: dict[str, dict] = {
+    "mask": {},
+    "seq_start_pos": {},
+    "mems": {},
+    "cache": {},
+    "pos": {},
+    "num_mem_kv": dict(attn_num_mem_kv=2),
+    "zero_kv": dict(attn_add_zero_kv=True),
+    "max_attend_past": dict(attn_max_attend_past=10_000),
+    "alibi": dict(alibi_pos_bias=True),
+    "forgetting": dict(attn_data_dependent_alibi=True),
+    "dropout": dict(attn_dropout=0.1),
+}
+
+
 @pytest.mark.parametrize("flash", [False, True])
-@pytest.mark.parametrize(
-    "feature", ["mask", "seq_start_pos", "mems", "cache", "num_mem_kv", "max_attend_past", "alibi"]
-)
+@pytest.mark.parametrize("feature", MASKED)
 def test_with_a_mask_no_key_ahead_turns_a_score_into_nan(flash, feature):
     # scores of keys ahead overflow at half the window, and flash attention adds the mask to them
-    options = dict(scale_base_options(torch.float32, flash), alibi_pos_bias=feature == "alibi")
-    options.update(attn_num_mem_kv=2 * (feature == "num_mem_kv"))
-    options.update(attn_max_attend_past=10_000 if feature == "max_attend_past" else None)
-    seq_len = limit(torch.float32, 4, masked=True)
-    model = build(options, 0, dtype=torch.float32, max_mem_len=8)
+    options = {**scale_base_options(torch.float32, flash), **MASKED[feature]}
+    seq_len = masked_limit(torch.float32, 4)
+    model = build(options, 0, dtype=torch.float32, max_mem_len=8).train(feature == "dropout")
     x = tokens(0, 2, seq_len + 9)
     kwargs = {
         "mask": lambda: dict(mask=torch.ones(2, seq_len, dtype=torch.bool)),
         "seq_start_pos": lambda: dict(seq_start_pos=torch.tensor([0, 3])),
+        "pos": lambda: dict(pos=torch.arange(seq_len)),
         "mems": lambda: dict(mems=model(x[:, :8], return_mems=True)[1]),
         "cache": lambda: dict(
             cache=model(x[:, :8], return_intermediates=True)[1], cache_age=seq_len, input_not_include_cache=True
@@ -320,6 +343,8 @@ def test_with_a_mask_no_key_ahead_turns_a_score_into_nan(flash, feature):
         kwargs = dict(mask=torch.ones(2, seq_len + 1, dtype=torch.bool))
     if feature == "cache":
         kwargs.update(cache_age=seq_len + 1)
+    if feature == "pos":
+        kwargs.update(pos=torch.arange(seq_len + 1))
     with pytest.raises(ValueError, match=f"seq_len = {seq_len + 1}"):
         model(x[:, : seq_len + 1], **kwargs)
 
@@ -329,7 +354,8 @@ def test_the_limit_is_the_same_for_every_rotated_dim(dtype, scale_base):
     for dim in (4, 32, 64):
         rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base)
         assert rotary.max_seq_len(dtype) == limit(dtype, scale_base)
-        assert rotary.max_seq_len(dtype, masked=True) == limit(dtype, scale_base, masked=True)
+        for sim_dtype in (dtype, torch.float32):
+            assert rotary.max_seq_len(dtype, sim_dtype) == limit(dtype, scale_base, sim_dtype)
 
 
 def test_limits_at_the_default_scale_base():
@@ -338,6 +364,9 @@ def test_limits_at_the_default_scale_base():
     limits = {dtype: rotary.max_seq_len(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
     assert limits == {torch.float32: 69_122, torch.bfloat16: 69_118, torch.float16: 5_665}
+    limits = {dtype: rotary.max_seq_len(dtype, torch.float32) for dtype in limits}
+    assert limits == {torch.float32: 32_861, torch.bfloat16: 32_861, torch.float16: 5_665}
+    assert rotary.max_seq_len(torch.float16, torch.float16) == 1_132
 
 
 def test_the_error_comes_before_any_layer_runs_and_autocast_decides_the_dtype():
@@ -367,17 +396,85 @@ def test_decoding_is_not_limited_by_what_is_in_the_cache():
     assert error <= 64 * torch.finfo(torch.float16).eps * model(x).abs().max()
 
 
-@pytest.mark.parametrize("where", ["pos", "context_pos"])
-def test_custom_positions_too_far_apart_are_an_error(where):
-    options = dict(scale_base_options(torch.float32, False), cross_attend=True)
-    model = build(options, 0, dtype=torch.float32)
-    far = limit(torch.float32, 4) + 100
-    pos, context_pos = torch.arange(4), torch.arange(4)
-    context = torch.randn(1, 4, 64)
-    (pos if where == "pos" else context_pos)[-1] = far
+# a table that is passed in
 
-    with pytest.raises(RuntimeError, match=f"`{where}`|`pos` or `context_pos`"):
-        model(tokens(0, 1, 4), pos=pos, context=context, context_pos=context_pos)
+
+@given(decoder_options(), num_mems, seeds, splits())
+@pytest.mark.regression
+def test_a_table_passed_in_gives_what_its_positions_give(options, num_mem_kv, seed, lens):
+    model = build({**options, "attn_num_mem_kv": num_mem_kv}, seed)
+    x, rotary = tokens(seed, 2, sum(lens)), model.attn_layers.rotary_pos_emb
+
+    _, cache = model(x[:, : lens[0]], return_intermediates=True)
+    new = dict(cache=cache, cache_age=sum(lens[1:]), rotary_pos_emb=rotary(torch.arange(sum(lens))))
+
+    assert_equal_to_rounding(model(x, rotary_pos_emb=rotary.forward_from_seq_len(sum(lens))), model(x))
+    assert_equal_to_rounding(model(x, **new), model(x)[:, lens[0] :])
+
+
+@pytest.mark.parametrize("new", [1, 2, 31])
+@pytest.mark.regression
+def test_decoding_with_a_table_passed_in_is_not_limited_by_what_is_in_the_cache(new):
+    model = build(scale_base_options(torch.float16, False), 0)
+    half = deepcopy(model).half()
+    seq_len = 8 * limit(torch.float16, 4)
+    x, rotary = tokens(0, 1, seq_len), half.attn_layers.rotary_pos_emb
+    chunks = [32] * ((seq_len - new) // 32) + [(seq_len - new) % 32]
+
+    _, cache = prefill_with_cache(half, x[:, :-new], chunks)
+    decoded = half(x, cache=cache, cache_age=new, rotary_pos_emb=rotary(torch.arange(seq_len)))
+
+    # as in decoding without a table
+    full = model(x)
+    assert (decoded.double() - full[:, -new:]).abs().max() <= 64 * torch.finfo(torch.float16).eps * full.abs().max()
+
+
+def test_a_table_of_more_positions_than_it_can_hold_is_an_error():
+    model = build(scale_base_options(torch.float16, False), 0).half()
+    longest = limit(torch.float32, 4)
+    rotary, x = model.attn_layers.rotary_pos_emb, tokens(0, 1, longest + 2)
+    _, cache = model(x[:, :1], return_intermediates=True)
+
+    for seq_len in (longest, longest + 1):
+        for inter in cache.attn_intermediates:
+            inter.cached_kv = tuple(t[:, :, :1].expand(-1, -1, seq_len - 1, -1) for t in inter.cached_kv)
+        cache.cache_length = seq_len - 1
+        decode_one = partial(model, x[:, :seq_len], cache=cache, rotary_pos_emb=rotary(torch.arange(seq_len)))
+
+        if seq_len == longest:
+            assert torch.isfinite(decode_one()).all()
+        else:
+            with pytest.raises(ValueError, match=rf"{longest + 1} positions of `rotary_pos_emb`.* {longest} .*`pos`"):
+                decode_one()
+
+
+@pytest.mark.parametrize("where", ["pos", "context_pos"])
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_custom_positions_up_to_the_limit_are_finite_and_beyond_it_an_error(dtype, flash, where):
+    options = dict(scale_base_options(dtype, flash), cross_attend=True, depth=1)
+    model = build(options, 0, dtype=dtype)
+    # nothing masks what is ahead in a context, so there the scores must fit into the dtype they are computed in
+    unmasked = where == "context_pos" and not flash
+    longest = limit(dtype, 4, dtype if unmasked else torch.promote_types(dtype, torch.float32))
+
+    def outputs(num_queries: int, ahead: int) -> Tensor:
+        pos, context_pos = torch.arange(num_queries), torch.tensor([0, 1, ahead])
+        cross = dict(context=torch.randn(1, 3, 64, dtype=dtype), context_pos=context_pos)
+        if where == "context_pos":
+            return model(tokens(0, 1, num_queries), pos=pos, **cross)
+        # a key in the cache, not masked, that is ahead of all queries
+        cross.update(context_pos=torch.arange(3))
+        _, cache = model(tokens(0, 1, 1), return_intermediates=True, **cross)
+        pos = torch.cat((torch.tensor([ahead]), pos))
+        return model(tokens(0, 1, num_queries + 1), pos=pos, cache=cache, cache_age=num_queries, **cross)
+
+    for num_queries in (1, 2, 5):
+        furthest = min(longest, limit(dtype, 4) // 2 + num_queries // 2)
+
+        assert torch.isfinite(outputs(num_queries, furthest)).all()
+        with pytest.raises(RuntimeError, match=rf"`{where}` .* {longest} .*{dtype}.*scale_base"):
+            outputs(num_queries, furthest + 1)
 
 
 class NoReadBack(TorchDispatchMode):
@@ -527,3 +624,18 @@ def test_a_wider_window_changes_nothing_but_rounding(options, seed, lens, wider)
     new = sum(lens[1:])
     decoded = model(x, cache=cache, cache_age=new, rotary_window=(0, sum(lens)))
     assert_equal_to_rounding(decoded, full[:, lens[0] :])
+
+
+@given(decoder_options(), seeds, splits(), st.integers(-3, 50), st.integers(1, 50))
+def test_a_window_that_holds_all_queries_is_taken_and_another_is_an_error(options, seed, lens, start, window_len):
+    model = build(options, seed)
+    past, seq_len = lens[0], sum(lens)
+    x = tokens(seed, 2, seq_len)
+    _, cache = model(x[:, :past], return_intermediates=True)
+    new = dict(cache=cache, cache_age=seq_len - past)
+
+    if start <= past and seq_len <= start + window_len:
+        assert_equal_to_rounding(model(x, rotary_window=(start, window_len), **new), model(x, **new))
+    else:
+        with pytest.raises(AssertionError, match=rf"`rotary_window` = \({start}, {window_len}\).* {past}$"):
+            model(x, rotary_window=(start, window_len), **new)

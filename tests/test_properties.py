@@ -13,6 +13,7 @@ from strategies import build, decoder_options, models, seeds, shifts, splits, to
 from torch import Tensor
 
 from x_transformers import AutoregressiveWrapper, TransformerWrapper
+from x_transformers.x_transformers import LayerIntermediates
 
 lengths = st.integers(2, 40)
 
@@ -44,6 +45,12 @@ def decode(model: TransformerWrapper, x: Tensor, prompt_len: int, **kwargs) -> T
 
 def prefill(model: TransformerWrapper, x: Tensor, chunk_lens: list[int], **kwargs) -> Tensor:
     """Logits (b, n, c) of consecutive chunks, each passed without what is in the cache."""
+    return prefill_with_cache(model, x, chunk_lens, **kwargs)[0]
+
+
+def prefill_with_cache(
+    model: TransformerWrapper, x: Tensor, chunk_lens: list[int], **kwargs
+) -> tuple[Tensor, LayerIntermediates]:
     out, cache = [], None
 
     for chunk in x.split(chunk_lens, dim=1):
@@ -57,7 +64,7 @@ def prefill(model: TransformerWrapper, x: Tensor, chunk_lens: list[int], **kwarg
         )
         out.append(logits)
 
-    return torch.cat(out, dim=1)
+    return torch.cat(out, dim=1), cache
 
 
 @given(models(), seeds, splits())

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import angular_frequency, decay, rescaled_base, xpos_score, xpos_score_magnitude
-from strategies import build, decoder_options, seeds, shifts, splits, tokens
+from strategies import build, decoder_options, randomize_, seeds, shifts, splits, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,6 +116,30 @@ def test_many_queries_at_once_equal_the_formula(seq_len):
         seen = slice(0, row + 1)
         expected = xpos_score(q[row, None], k[seen], pos[row, None], pos[seen])
         error = rotated_q[row, None] @ rotated_k[seen].T - expected
+        assert error.abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.regression
+def test_many_queries_at_once_through_a_model_equal_the_formula():
+    seq_len, dim_head = 65_536, 64
+    options = dict(attn_dim_head=dim_head, attn_flash=True, rotary_xpos=True, rotary_emb_dim=dim_head)
+    decoder = randomize_(Decoder(dim=dim_head, depth=1, heads=1, **options), 0).eval().requires_grad_(False)
+    attention = next(m for m in decoder.modules() if isinstance(m, Attention))
+    seen: dict[str, Tensor] = {}
+    attention.to_q.register_forward_hook(lambda module, args, out: seen.update(q=out[0].clone()))
+    attention.to_k.register_forward_hook(lambda module, args, out: seen.update(k=out[0].clone()))
+
+    attention.attend.register_forward_pre_hook(
+        lambda module, args: seen.update(rotated_q=args[0][0, 0].double(), rotated_k=args[1][0, 0].double())
+    )
+
+    assert torch.isfinite(decoder(randn(0, 1, seq_len, dim_head).float())).all()
+
+    pos = torch.arange(seq_len)
+    for row in torch.linspace(0, seq_len - 1, 9).long().tolist():
+        seen_by_row = slice(0, row + 1)
+        expected = xpos_score(seen["q"][row, None], seen["k"][seen_by_row], pos[row, None], pos[seen_by_row])
+        error = seen["rotated_q"][row, None] @ seen["rotated_k"][seen_by_row].T - expected
         assert error.abs().max() <= 1e-6 * expected.abs().max()
 
 

@@ -406,6 +406,22 @@ def test_recirculation_in_bfloat16_is_as_accurate_as_the_full_forward(seed):
     assert rms_error(replayed) < 2 * rms_error(model(x)) < 0.2
 
 
+@pytest.mark.regression
+def test_recirculation_is_not_limited_by_what_is_in_the_cache():
+    options = dict(dim=16, depth=3, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
+    options.update(rotary_xpos=True, rotary_xpos_scale_base=4)
+    model = build({**options, "attn_custom_attn_fn": softmax}, 0)
+    half = build(options, 0, torch.float16)
+    # in float16 44 queries in one call are the most at this scale base
+    x = tokens(0, 1, 150)
+
+    replayed = Recirculation(half, source_layer=2, destination_layer=0, alpha=0.0, beta=1.0)(x)
+
+    # the roundings of some four layers
+    full = model(x)
+    assert (replayed.double() - full).abs().max() <= 64 * torch.finfo(torch.float16).eps * full.abs().max()
+
+
 # loops, recycling and feedback
 
 
