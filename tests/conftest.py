@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-from x_transformers.xpos import provenance
+from hypothesis import HealthCheck, Phase, settings
+from packaging_support import pristine_tree, provenance
 
 # building a model takes longer than Hypothesis expects of an input, and varies with the machine
 common = {
@@ -16,11 +17,63 @@ common = {
 
 settings.register_profile("default", max_examples=60, **common)
 settings.register_profile("thorough", max_examples=1000, **common)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+# where tests are meant to fail the first failure is enough: nothing to shrink, to replay or to explain
+settings.register_profile(
+    "pristine",
+    **{**common, "print_blob": False},
+    max_examples=60,
+    phases=[Phase.explicit, Phase.generate],
+    database=None,
+    report_multiple_bugs=False,
+)
+
+# what is about the repository and not about the package that is imported
+NOT_ABOUT_THE_PACKAGE = {"test_build.py", "test_check.py", "test_patches.py", "test_regressions.py", "test_swap.py"}
 
 
-def pytest_sessionstart() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("x-transformers", "which x_transformers is tested")
+    group.addoption("--pristine", action="store_true", help="the unpatched pinned release, built with an empty series")
+    group.addoption("--package", type=Path, metavar="DIR", help="the one in DIR")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        tree = pristine_tree() if config.getoption("pristine") else config.getoption("package")
+    except AssertionError as error:  # the build's own message
+        raise pytest.UsageError(str(error)) from None
+    if tree is not None:
+        if not (tree / "x_transformers" / "__init__.py").is_file():
+            raise pytest.UsageError(f"--package {tree}: there is no x_transformers in it")
+        sys.path.insert(0, str(tree.absolute()))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree.absolute()), os.environ.get("PYTHONPATH")]))
+    profile = "pristine" if config.getoption("pristine") else "default"
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    elsewhere = config.getoption("pristine") or config.getoption("package")
+    return True if elsewhere and collection_path.name in NOT_ABOUT_THE_PACKAGE else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = item.get_closest_marker("regression")
+        if mark is not None:
+            # for the report, from which test_regressions.py takes it
+            item.user_properties.append(("regression", mark.args[0] if mark.args else "differs"))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
     """A tree made from other patches than those in the checkout would be tested in their place."""
+    if session.config.getoption("pristine") or session.config.getoption("package"):
+        return
     messages = provenance.staleness()
     if messages:
         pytest.exit("\n".join(messages), returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+def pytest_report_header() -> str:
+    import x_transformers
+
+    return f"x_transformers: {Path(x_transformers.__file__).parent}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.util
 import os
@@ -9,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +85,35 @@ def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], u
     result = call_backend(hook, project, out, environment, umask)
     assert result.returncode == 0, result.stdout + result.stderr
     return out / result.stdout.splitlines()[-1]
+
+
+def pristine_tree() -> Path:
+    """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path.
+
+    It is what the hook builds from an empty series, kept in pytest's cache until one of its inputs changes.
+    """
+    inputs = [ROOT / "hatch_build.py", ROOT / "pyproject.toml", ROOT / LINE / "upstream.txt"]
+    inputs += sorted((ROOT / "x_transformers" / "xpos").glob("*.py"))
+    key = provenance.sha256(b"".join(path.read_bytes() for path in inputs))[:16]
+    cache = ROOT / ".pytest_cache" / "pristine"
+    tree = cache / key
+    if tree.is_dir():
+        return tree
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        project = copy_project(Path(temporary, "project"))
+        set_series(project, {})
+        wheel = build("build_wheel", project, Path(temporary, "wheel"), os.environ)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(Path(temporary, "tree"))
+        for old in cache.iterdir():
+            if re.fullmatch("[0-9a-f]{16}", old.name):
+                shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another run was first
+            Path(temporary, "tree").rename(tree)
+    assert tree.is_dir()
+    return tree
 
 
 def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "Change a file") -> bytes:

@@ -284,7 +284,7 @@ def masked_limit(dtype: torch.dtype, scale_base: float) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("num_mem_kv", [0, 2])
-@pytest.mark.regression
+@pytest.mark.regression("not refused")
 def test_up_to_the_limit_finite_and_accurate_and_beyond_it_an_error(dtype, flash, num_mem_kv):
     options = dict(scale_base_options(dtype, flash), attn_num_mem_kv=num_mem_kv)
     seq_len = limit(dtype, 4) if flash and num_mem_kv == 0 else masked_limit(dtype, 4)
@@ -499,7 +499,7 @@ def test_the_limit_is_checked_without_reading_back_from_the_device(lens):
 
 
 @pytest.mark.parametrize("option", ["attn_l2_distance", "attn_use_cope"])
-@pytest.mark.regression
+@pytest.mark.regression("not refused")
 def test_scores_outside_of_the_dot_product_are_refused(option):
     options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
 
@@ -509,7 +509,7 @@ def test_scores_outside_of_the_dot_product_are_refused(option):
     Decoder(**options, rotary_pos_emb=True, **{option: True})
 
 
-@pytest.mark.regression
+@pytest.mark.regression("not refused")
 def test_l2_distance_in_cross_attention_is_refused_only_with_context_positions():
     options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, rotary_xpos=True, verbose=False)
     model = cross_model(dict(options, cross_attn_l2_distance=True), 0)
@@ -521,7 +521,7 @@ def test_l2_distance_in_cross_attention_is_refused_only_with_context_positions()
         model(x, context=context, context_pos=torch.arange(4))
 
 
-@pytest.mark.regression
+@pytest.mark.regression("not refused")
 def test_turning_causality_off_on_forward_is_refused():
     options = dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
     x = tokens(0, 1, 4)
@@ -582,7 +582,7 @@ def run_shards(models: list, inputs: list[Tensor], per_shard: list[dict]) -> Ten
 
 @settings(max_examples=20)
 @given(decoder_options(), seeds, st.lists(st.integers(1, 12), min_size=2, max_size=4), st.booleans())
-@pytest.mark.regression
+@pytest.mark.regression("no argument")
 def test_the_same_window_on_every_shard_equals_the_unsharded_model(options, seed, lens, continuous):
     seq_len = sum(lens)
     if continuous:
@@ -612,7 +612,7 @@ def test_the_same_window_on_every_shard_equals_the_unsharded_model(options, seed
 
 
 @given(decoder_options(), seeds, splits(), st.integers(0, 100))
-@pytest.mark.regression
+@pytest.mark.regression("no argument")
 def test_a_wider_window_changes_nothing_but_rounding(options, seed, lens, wider):
     model = build(options, seed)
     x = tokens(seed, 2, sum(lens))

@@ -148,7 +148,6 @@ def test_beam_search_is_the_same_with_and_without_a_cache(options, seed, prompt_
 
 @few
 @given(mem_kv_options(), mem_kv_options(), seeds, prompt_lens, nums_new)
-@pytest.mark.regression
 def test_contrastive_decoding_is_the_same_with_and_without_a_cache(options, amateur_options, seed, prompt_len, num_new):
     expert, amateur = build(options, seed), build(amateur_options, seed + 1)
     prompt = tokens(seed, 2, prompt_len)
