@@ -959,8 +959,8 @@ def stale() -> list[str]:
 # models
 
 
-_PLAIN: Mapping[str, Any] = MappingProxyType({"rotary_pos_emb": True})
-_XPOS: Mapping[str, Any] = MappingProxyType({"rotary_xpos": True, "rotary_xpos_scale_base": _SCALE_BASE})
+PLAIN: Mapping[str, Any] = MappingProxyType({"rotary_pos_emb": True})
+XPOS: Mapping[str, Any] = MappingProxyType({"rotary_xpos": True, "rotary_xpos_scale_base": _SCALE_BASE})
 
 
 def _build(setting: Setting, rotary: Mapping[str, Any]) -> nn.Module:
@@ -991,7 +991,7 @@ def _build(setting: Setting, rotary: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-class _Run:
+class Run:
     """A model with a setting; calls it for scenes."""
 
     def __init__(self, setting: Setting, rotary: Mapping[str, Any]) -> None:
@@ -1003,6 +1003,10 @@ class _Run:
     @torch.no_grad()
     def __call__(self, scene: Scene, cache: Any = None, mems: Any = None) -> tuple[Tensor, Any]:
         """Outputs of the positions from `new` on, and the intermediates."""
+        return self.forward(scene, cache, mems)
+
+    def forward(self, scene: Scene, cache: Any = None, mems: Any = None) -> tuple[Tensor, Any]:
+        """The same, with gradients if the model's parameters have them."""
         arguments: dict[str, Any] = {"return_intermediates": True, "return_mems": True, "mems": mems}
         if cache is not None:
             arguments.update(cache=cache, cache_age=scene.stop - scene.new, input_not_include_cache=scene.chunk)
@@ -1054,12 +1058,12 @@ class _Run:
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
-def _prefix(run: _Run) -> Pairs:
+def _prefix(run: Run) -> Pairs:
     for stop in (2, 9, 14):
         yield run(Scene(stop=stop))[0], run.full[:, :stop]
 
 
-def _decode(run: _Run) -> Pairs:
+def _decode(run: Run) -> Pairs:
     out, cache = run(Scene(stop=5))
     yield out, run.full[:, :5]
     for stop in range(6, _LENGTH + 1):
@@ -1067,7 +1071,7 @@ def _decode(run: _Run) -> Pairs:
         yield out, run.full[:, stop - 1 : stop]
 
 
-def _chunks(run: _Run) -> Pairs:
+def _chunks(run: Run) -> Pairs:
     start, cache = 0, None
     for size in (5, 1, 7, 6):
         scene = Scene(stop=start + size, new=start, cached=cache is not None, chunk=True)
@@ -1076,7 +1080,7 @@ def _chunks(run: _Run) -> Pairs:
         start += size
 
 
-def _mems(run: _Run) -> Pairs:
+def _mems(run: Run) -> Pairs:
     start, mems = 0, None
     for size in (6, 9, 4):
         scene = Scene(stop=start + size, new=start, mems=mems is not None)
@@ -1086,29 +1090,29 @@ def _mems(run: _Run) -> Pairs:
         start += size
 
 
-def _rows(run: _Run) -> Pairs:
+def _rows(run: Run) -> Pairs:
     for row in range(_BATCH):
         yield run(Scene(rows=(row,)))[0], run.full[row : row + 1]
 
 
-def _shift(run: _Run) -> Pairs:
+def _shift(run: Run) -> Pairs:
     for shift in _SHIFTS:
         yield run(Scene(shift=torch.tensor(shift)))[0], run.full
 
 
-def _row_shift(run: _Run) -> Pairs:
+def _row_shift(run: Run) -> Pairs:
     yield run(Scene(shift=torch.tensor(_ROW_SHIFTS)[:, None]))[0], run.full
 
 
-def _pad(run: _Run) -> Pairs:
+def _pad(run: Run) -> Pairs:
     yield run(Scene(stop=_LENGTH + _PADDING, new=_PADDING, pad=_PADDING))[0], run.full
 
 
-def _pad_context(run: _Run) -> Pairs:
+def _pad_context(run: Run) -> Pairs:
     yield run(Scene(context_pad=4))[0], run.full
 
 
-_MEASURES: Mapping[str, Callable[[_Run], Pairs]] = MappingProxyType(
+MEASURES: Mapping[str, Callable[[Run], Pairs]] = MappingProxyType(
     dict(zip(PROPERTIES, (_prefix, _decode, _chunks, _mems, _rows, _shift, _row_shift, _pad, _pad_context)))
 )
 
@@ -1126,7 +1130,7 @@ class Measured:
         return self.deviation is not None and self.deviation <= self.tolerance
 
 
-def _tolerance(run: _Run, name: str, *, xpos: bool) -> float:
+def _tolerance(run: Run, name: str, *, xpos: bool) -> float:
     """What rounding explains, in the units of the output.
 
     An output is the end of some 2 ** 10 dependent roundings (norms, projections, scores and a softmax, in two or three
@@ -1144,10 +1148,10 @@ def _tolerance(run: _Run, name: str, *, xpos: bool) -> float:
     return ulps * max(1.0, float(run.full.abs().max()))
 
 
-def _measure(run: _Run, name: str, *, xpos: bool) -> Measured:
+def _measure(run: Run, name: str, *, xpos: bool) -> Measured:
     worst, tolerance = 0.0, _tolerance(run, name, xpos=xpos)
     try:
-        for actual, expected in _MEASURES[name](run):
+        for actual, expected in MEASURES[name](run):
             if actual.shape != expected.shape:
                 return Measured(None, tolerance, f"{tuple(actual.shape)} outputs for {tuple(expected.shape)}")
             difference = (actual - expected).abs()
@@ -1204,14 +1208,14 @@ def examine(setting: Setting, option: str = "", *, effect: bool = False) -> Row:
     if setting.refused:
         return _refusal(setting, option)
     try:
-        plain = _Run(setting, _PLAIN)
+        plain = Run(setting, PLAIN)
     except Exception as error:
         return Row(option, setting.label, PLAIN_FAILS, note=_message(error))
     has_context = any(call in setting.all_calls for call in _CONTEXTS)
     names = [name for name in PROPERTIES if name != "context" or has_context]
     of_plain = {name: _measure(plain, name, xpos=False) for name in names}
     try:
-        xpos = _Run(setting, _XPOS)
+        xpos = Run(setting, XPOS)
     except Exception as error:
         return Row(option, setting.label, BROKEN, of_plain, note=_message(error))
     of_xpos = {name: _measure(xpos, name, xpos=True) for name in names if of_plain[name].holds}
@@ -1234,9 +1238,9 @@ def examine(setting: Setting, option: str = "", *, effect: bool = False) -> Row:
     )
 
 
-def _has_effect(setting: Setting, run: _Run) -> bool:
+def _has_effect(setting: Setting, run: Run) -> bool:
     try:
-        without = _Run(setting.without(), _XPOS)
+        without = Run(setting.without(), XPOS)
     except Exception:  # it cannot be done without
         return True
     if without.full.shape != run.full.shape:
@@ -1246,13 +1250,13 @@ def _has_effect(setting: Setting, run: _Run) -> bool:
 
 def _refusal(setting: Setting, option: str) -> Row:
     """Whether xPos is refused with `setting`, when built or else when called, and plain rotary is not."""
-    for when, attempt in (("when built", _build), ("when called", _Run)):
+    for when, attempt in (("when built", _build), ("when called", Run)):
         try:
-            attempt(setting, _PLAIN)
+            attempt(setting, PLAIN)
         except Exception as error:
             return Row(option, setting.label, PLAIN_FAILS, note=_message(error))
         try:
-            attempt(setting, _XPOS)
+            attempt(setting, XPOS)
         except Exception as error:
             said = isinstance(error, AssertionError) and setting.refused in str(error)
             note = f"{when}: {error}" if said else f"not refused but failed {when}: {_message(error)}"

@@ -1,0 +1,381 @@
+"""That the fork can take the place of upstream's package and give it back: what is not xPos is the same, bit for bit.
+
+The unpatched release is imported beside the fork, in the same process; what is saved by one is loaded by the other in
+a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import strategies
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging_support import pristine_tree
+from reference import angular_frequency, decay
+from strategies import decoder_options, seeds, splits, tokens
+from test_properties import assert_equal_to_rounding
+from torch import Tensor
+from torch.nn import Module
+
+import x_transformers
+from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
+from x_transformers.xpos import survey
+from x_transformers.xpos.survey import ENTRIES, MEASURES, PLAIN, Entry, Scene
+
+HERE = Path(__file__).parent
+FORK = Path(x_transformers.__file__).parent.parent
+PRISTINE = pristine_tree()
+# the package, and what of the tests builds models of it
+ABOUT_THE_PACKAGE = ("x_transformers", "strategies")
+
+
+@contextmanager
+def pristine_imports() -> Iterator[None]:
+    """While open, `x_transformers` is the unpatched release; what is imported keeps belonging to it."""
+
+    def take() -> dict[str, ModuleType]:
+        names = [name for name in sys.modules if name.partition(".")[0] in ABOUT_THE_PACKAGE]
+        return {name: sys.modules.pop(name) for name in names}
+
+    fork = take()
+    sys.modules.update(PRISTINE_MODULES)
+    sys.path.insert(0, str(PRISTINE))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(PRISTINE))
+        PRISTINE_MODULES.update(take())
+        sys.modules.update(fork)
+
+
+PRISTINE_MODULES: dict[str, ModuleType] = {}
+
+with pristine_imports():
+    import strategies as pristine_strategies
+
+    from x_transformers.xpos import survey as pristine_survey
+
+
+def test_they_are_two_packages() -> None:
+    assert pristine_strategies.Decoder is not strategies.Decoder
+    assert pristine_strategies.Decoder.forward.__code__.co_filename.startswith(str(PRISTINE))
+    assert strategies.Decoder.forward.__code__.co_filename.startswith(str(FORK))
+    assert "rotary_window" not in inspect.signature(pristine_strategies.Decoder.forward).parameters
+
+
+# without xPos, not a bit differs
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(actual.isnan(), expected.isnan())
+
+
+def gradients(run: Any) -> dict[str, Tensor]:
+    run.model.requires_grad_(True)
+    out, _ = run.forward(Scene())
+    if out.requires_grad:
+        out.square().sum().backward()
+    run.model.requires_grad_(False)
+    return {name: param.grad for name, param in run.model.named_parameters() if param.grad is not None}
+
+
+def comparable(entry: Entry) -> list[int]:
+    return [i for i, setting in enumerate(entry.settings) if not setting.fails]
+
+
+@pytest.mark.parametrize(
+    "entry", [pytest.param(e, id=e.option) for e in ENTRIES.values() if comparable(e) and not e.added]
+)
+def test_every_option_without_xpos_is_bit_identical(entry: Entry) -> None:
+    theirs = pristine_survey.ENTRIES[entry.option]
+    for index in comparable(entry):
+        try:
+            with pristine_imports():
+                expected = pristine_survey.Run(theirs.settings[index], PLAIN)
+        except RuntimeError:  # there is no answer to compare with, as for a context without positions
+            assert entry.option == "forward.context"
+            continue
+        actual = survey.Run(entry.settings[index], PLAIN)
+
+        assert_same_bits(actual.full, expected.full)
+        grads, expected_grads = gradients(actual), gradients(expected)
+        assert grads.keys() == expected_grads.keys()
+        for name, grad in grads.items():
+            assert_same_bits(grad, expected_grads[name])
+
+        for name in ("decode", "chunks", "mems", "shift", "rowpos", "pad"):
+            assert_same_calls(MEASURES[name](actual), pristine_survey.MEASURES[name](expected))
+
+
+def assert_same_calls(ours: Iterator[Any], theirs: Iterator[Any]) -> None:
+    """Outputs of one call after another, as far as upstream gets."""
+    while True:
+        try:
+            expected, _ = next(theirs)
+        except Exception:  # it is through, or cannot do this with the option
+            return
+        assert_same_bits(next(ours)[0], expected)
+
+
+positions = st.sampled_from(
+    [
+        {},
+        dict(rotary_pos_emb=True),
+        dict(rotary_pos_emb=True, rotary_interpolation_factor=2.5),
+        dict(rotary_pos_emb=True, rotary_base_rescale_factor=4.0),
+        dict(rotary_pos_emb=True, attn_num_mem_kv=2),
+        dict(rotary_pos_emb=True, attn_l2_distance=True),
+        dict(rotary_pos_emb=True, attn_use_cope=True, attn_flash=False),
+        dict(alibi_pos_bias=True),
+        dict(polar_pos_emb=True),
+        dict(rel_pos_bias=True, attn_flash=False),
+    ]
+)
+dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+
+
+@st.composite
+def options_without_xpos(draw: st.DrawFn) -> dict[str, Any]:
+    options = draw(decoder_options())
+    for name in [name for name in options if name.startswith("rotary_") and name != "rotary_emb_dim"]:
+        del options[name]
+    options.update(draw(positions))
+    if options.get("attn_l2_distance") or options.get("polar_pos_emb"):
+        options.update(attn_kv_heads=options["heads"])
+    return options
+
+
+def build_both(options: dict[str, Any], seed: int, dtype: torch.dtype, **wrapper: Any) -> tuple[Any, Any]:
+    with pristine_imports():
+        expected = pristine_strategies.build(options, seed, dtype, **wrapper)
+    return strategies.build(options, seed, dtype, **wrapper), expected
+
+
+@given(options_without_xpos(), seeds, dtypes, splits())
+def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> None:
+    x = tokens(seed, 2, sum(lens))
+    outcomes = []
+
+    for model, module in zip(
+        build_both(options, seed, dtype, max_mem_len=64), (x_transformers, PRISTINE_MODULES["x_transformers"])
+    ):
+        wrapper = module.AutoregressiveWrapper(model)
+        model.requires_grad_(True)
+        loss = wrapper(x)
+        loss.backward()
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        model.requires_grad_(False)
+        out = [loss.detach(), *grads, model(x)]
+        if not options.get("polar_pos_emb"):  # which knows no mems
+            out += [model(x[:, lens[0] :], mems=model(x[:, : lens[0]], return_mems=True)[1])]
+        if model.can_cache_kv:
+            _, cache = model(x[:, : lens[0]], return_intermediates=True)
+            out += [model(x, cache=cache, cache_age=sum(lens[1:]))]
+            out += [t for inter in cache.attn_intermediates for t in inter.cached_kv]
+        out += [wrapper.generate(x, 3, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False)]
+        outcomes.append(out)
+
+    for actual, expected in zip(*outcomes, strict=True):
+        assert_same_bits(actual, expected)
+
+
+# state dicts and whole models go both ways
+
+
+@given(st.one_of(decoder_options(), options_without_xpos()), seeds, dtypes)
+def test_state_dicts_are_the_same_and_load_both_ways(options, seed, dtype) -> None:
+    ours, theirs = build_both(options, seed, dtype)
+    state, expected = ours.state_dict(), theirs.state_dict()
+
+    assert list(state) == list(expected)
+    for name, value in state.items():
+        assert_same_bits(value, expected[name])
+    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in theirs.named_buffers()]
+
+    other, other_theirs = build_both(options, seed + 1, dtype)
+    other.load_state_dict(expected, strict=True)
+    other_theirs.load_state_dict(state, strict=True)
+    x = tokens(seed, 1, 9)
+    assert_same_bits(other(x), ours(x))
+    assert_same_bits(other_theirs(x), theirs(x))
+
+
+SAVE = """
+import sys, pickle, torch
+sys.path.insert(0, sys.argv[2])
+from strategies import build, tokens
+for name, options in OPTIONS.items():
+    model = build(options, 7, torch.float32)
+    torch.save(model, f"{sys.argv[1]}/{name}.pt")
+    with open(f"{sys.argv[1]}/{name}.pickle", "wb") as file:
+        pickle.dump(model, file)
+    torch.save(model(tokens(7, 2, 33)), f"{sys.argv[1]}/{name}.out")
+"""
+
+LOAD = """
+import sys, pickle, torch
+sys.path.insert(0, sys.argv[2])
+from strategies import tokens
+import x_transformers
+print(x_transformers.__file__)
+for name in OPTIONS:
+    expected = torch.load(f"{sys.argv[1]}/{name}.out")
+    with open(f"{sys.argv[1]}/{name}.pickle", "rb") as file:
+        models = [torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False), pickle.load(file)]
+    for model in models:
+        actual = model(tokens(7, 2, 33))
+        print(name, torch.equal(actual, expected), ((actual - expected).abs().max() / expected.abs().max()).item())
+        model.load_state_dict(model.state_dict())
+"""
+
+SMALL = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
+SAVED = {
+    "none": SMALL,
+    "rotary": dict(SMALL, rotary_pos_emb=True),
+    "mem_kv": dict(SMALL, rotary_pos_emb=True, attn_num_mem_kv=2, attn_qk_norm=True),
+    "xpos": dict(SMALL, rotary_xpos=True, rotary_xpos_scale_base=32),
+}
+
+
+def in_tree(tree: Path, script: str, directory: Path) -> str:
+    """The script in a process that imports `x_transformers` from the tree."""
+    command = f"OPTIONS = {SAVED!r}\nimport sys; sys.path.insert(0, {str(tree)!r})\n{script}"
+    result = subprocess.run(
+        [sys.executable, "-c", command, str(directory), str(HERE)], text=True, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(FORK, PRISTINE), (PRISTINE, FORK)], ids=["fork", "upstream"])
+def test_saved_models_load_in_the_other(saved_by: Path, loaded_by: Path, tmp_path: Path) -> None:
+    in_tree(saved_by, SAVE, tmp_path)
+    where, *rows = in_tree(loaded_by, LOAD, tmp_path).splitlines()
+
+    assert where.startswith(str(loaded_by))
+    assert [row.split()[0] for row in rows] == [name for name in SAVED for _ in range(2)]
+    for row in rows:
+        name, same_bits, apart = row.split()
+        # with xPos upstream takes its angles from buffers in float32 and from absolute positions, up to 33: each is off
+        # by 33 half ulps, the scores by 2 ** 6 times that, and there are two layers
+        assert same_bits == "True" if name != "xpos" else float(apart) <= 33 * 2**7 * torch.finfo(torch.float32).eps
+
+
+# with xPos, what upstream gets right is the same to rounding
+
+
+@torch.no_grad()
+def hold_exact_buffers_(model: Module, options: dict[str, Any]) -> None:
+    """Upstream's buffers are rounded to float32 whatever the model's dtype: here they hold what they stand for."""
+    rotary = model.attn_layers.rotary_pos_emb
+    dim, rescale = options["rotary_emb_dim"], options["rotary_base_rescale_factor"]
+    rotary.inv_freq = angular_frequency(dim, 10_000.0 * rescale ** (dim / (dim - 2)))
+    rotary.scale = decay(dim)
+
+
+@given(decoder_options(), seeds, splits())
+def test_with_xpos_plain_self_attention_agrees_to_rounding(options, seed, lens) -> None:
+    ours, theirs = build_both(options, seed, torch.float64, max_mem_len=64)
+    hold_exact_buffers_(theirs, options)
+    x = tokens(seed, 2, sum(lens))
+
+    assert_equal_to_rounding(ours(x), theirs(x))
+
+    new = [
+        model(x, cache=model(x[:, : lens[0]], return_intermediates=True)[1], cache_age=sum(lens[1:]))
+        for model in (ours, theirs)
+    ]
+    assert_equal_to_rounding(*new)
+
+    segments = [model(x[:, lens[0] :], mems=model(x[:, : lens[0]], return_mems=True)[1]) for model in (ours, theirs)]
+    assert_equal_to_rounding(*segments)
+
+
+@given(decoder_options(), seeds, st.integers(2, 30))
+def test_with_xpos_gradients_of_plain_self_attention_agree_to_rounding(options, seed, seq_len) -> None:
+    x, grads = tokens(seed, 2, seq_len), []
+    both = build_both(options, seed, torch.float64)
+    hold_exact_buffers_(both[1], options)
+
+    for model in both:
+        model.requires_grad_(True)
+        model(x).square().sum().backward()
+        grads.append([param.grad for param in model.parameters() if param.grad is not None])
+
+    for actual, expected in zip(*grads, strict=True):
+        assert_equal_to_rounding(actual, expected)
+
+
+# signatures
+
+
+def public_callables(package: str) -> dict[str, Any]:
+    """Every public function, class and method of every module of the package, by its path."""
+    found: dict[str, Any] = {}
+    root = importlib.import_module(package)
+    names = [
+        package,
+        *(f"{package}.{module.name}" for module in pkgutil.iter_modules(root.__path__) if module.name != "xpos"),
+    ]
+    for name in names:
+        module = importlib.import_module(name)
+        for attribute, value in vars(module).items():
+            belongs = (getattr(value, "__module__", None) or "").partition(".")[0] == package
+            if attribute.startswith("_") or not belongs or not callable(value):
+                continue
+            found[f"{name}.{attribute}"] = value
+            if inspect.isclass(value):
+                methods = inspect.getmembers(value, inspect.isroutine)
+                own = [m for m in methods if m[0] == "__init__" or not m[0].startswith("_")]
+                found.update({f"{name}.{attribute}.{method}": body for method, body in own})
+    return found
+
+
+def parameters(function: Any) -> list[tuple[str, Any, str]]:
+    """Name, kind and default of each."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except ValueError:  # of a builtin, which Module inherits
+        return []
+    return [(p.name, p.kind, getattr(p.default, "__qualname__", repr(p.default))) for p in found]
+
+
+def test_every_public_callable_accepts_what_upstreams_accepts() -> None:
+    ours = public_callables("x_transformers")
+    with pristine_imports():
+        theirs = public_callables("x_transformers")
+
+    assert len(theirs) > 500
+    assert theirs.keys() - ours.keys() == set()
+    changed: dict[str, list[Any]] = {}
+    for name, function in theirs.items():
+        expected, actual = parameters(function), parameters(ours[name])
+        # a parameter that was added comes last, and may be left out
+        kept, added = actual[: len(expected)], actual[len(expected) :]
+        assert kept == expected, name
+        if added:
+            changed[name] = added
+
+    for name, added in changed.items():
+        owner, _, method = name.rpartition(".")
+        assert method == "forward"
+        names = {"seq_len": RotaryEmbedding, "rotary_window": AttentionLayers}
+        assert [issubclass(ours[owner], names[parameter]) for parameter, _, _ in added] == [True]
+        assert [default for _, _, default in added] == ["None"]
+    assert any(name.endswith("x_transformers.RotaryEmbedding.forward") for name in changed)
+    assert any(name.endswith("x_transformers.Decoder.forward") for name in changed)
