@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import strategies
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from packaging_support import pristine_tree
 from reference import angular_frequency, decay
@@ -94,6 +94,10 @@ def gradients(run: Any) -> dict[str, Tensor]:
     return {name: param.grad for name, param in run.model.named_parameters() if param.grad is not None}
 
 
+# upstream fails with them: an empty context with positions, and one whose einx pattern has a dimension too few
+NO_ANSWER = {"forward.context", "attn_cope_soft_onehot_pos"}
+
+
 def comparable(entry: Entry) -> list[int]:
     return [i for i, setting in enumerate(entry.settings) if not setting.fails]
 
@@ -107,8 +111,8 @@ def test_every_option_without_xpos_is_bit_identical(entry: Entry) -> None:
         try:
             with pristine_imports():
                 expected = pristine_survey.Run(theirs.settings[index], PLAIN)
-        except RuntimeError:  # there is no answer to compare with, as for a context without positions
-            assert entry.option == "forward.context"
+        except Exception:
+            assert entry.option in NO_ANSWER
             continue
         actual = survey.Run(entry.settings[index], PLAIN)
 
@@ -168,6 +172,7 @@ def build_both(options: dict[str, Any], seed: int, dtype: torch.dtype, **wrapper
 
 @given(options_without_xpos(), seeds, dtypes, splits())
 def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> None:
+    assume(not (options.get("attn_l2_distance") and dtype is torch.bfloat16))  # torch.cdist has none
     x = tokens(seed, 2, sum(lens))
     outcomes = []
 
@@ -296,13 +301,13 @@ def test_with_xpos_plain_self_attention_agrees_to_rounding(options, seed, lens) 
 
     assert_equal_to_rounding(ours(x), theirs(x))
 
-    new = [
-        model(x, cache=model(x[:, : lens[0]], return_intermediates=True)[1], cache_age=sum(lens[1:]))
-        for model in (ours, theirs)
-    ]
-    assert_equal_to_rounding(*new)
-
-    segments = [model(x[:, lens[0] :], mems=model(x[:, : lens[0]], return_mems=True)[1]) for model in (ours, theirs)]
+    decoded, segments = [], []
+    for model in (ours, theirs):
+        _, cache = model(x[:, : lens[0]], return_intermediates=True)
+        decoded.append(model(x, cache=cache, cache_age=sum(lens[1:])))
+        _, mems = model(x[:, : lens[0]], return_mems=True)
+        segments.append(model(x[:, lens[0] :], mems=mems))
+    assert_equal_to_rounding(*decoded)
     assert_equal_to_rounding(*segments)
 
 
