@@ -17,18 +17,27 @@ common = {
 
 settings.register_profile("default", max_examples=60, **common)
 settings.register_profile("thorough", max_examples=1000, **common)
-# where tests are meant to fail the first failure is enough: nothing to shrink, to replay or to explain
-settings.register_profile(
-    "pristine",
-    **{**common, "print_blob": False},
-    max_examples=60,
-    phases=[Phase.explicit, Phase.generate],
-    database=None,
-    report_multiple_bugs=False,
-)
+# where tests may be meant to fail the first failure is enough: nothing to shrink, to replay or to explain
+briefly = {
+    **common,
+    "print_blob": False,
+    "phases": [Phase.explicit, Phase.generate],
+    "database": None,
+    "report_multiple_bugs": False,
+}
+settings.register_profile("quick", max_examples=10, **briefly)
+settings.register_profile("pristine", max_examples=60, **briefly)
 
 # what is about the repository and not about the package that is imported
-NOT_ABOUT_THE_PACKAGE = {"test_build.py", "test_check.py", "test_patches.py", "test_regressions.py", "test_swap.py"}
+NOT_ABOUT_THE_PACKAGE = {
+    "test_build.py",
+    "test_check.py",
+    "test_patches.py",
+    "test_projects.py",
+    "test_regressions.py",
+    "test_swap.py",
+    "test_try_release.py",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,108 @@
+"""`patches/try_release.py`: what it says of a patch on another release, and of the properties on the result."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from packaging_support import LINE, ROOT, hatch_build, make_patch, pristine_tree, provenance
+
+if TYPE_CHECKING:
+    from patches import try_release as try_release
+else:
+    _spec = importlib.util.spec_from_file_location("try_release", ROOT / "patches" / "try_release.py")
+    try_release = importlib.util.module_from_spec(_spec)
+    sys.modules[_spec.name] = try_release
+    _spec.loader.exec_module(try_release)
+
+NAME = "x_transformers/attend.py"
+LINES = [f"line {number}\n" for number in range(40)]
+OLD, NEW = "".join(LINES).encode(), "".join([*LINES[:20], "added\n", *LINES[20:]]).encode()
+PATCH = hatch_build.Patch("0001-Add-a-line.patch", make_patch(NAME, OLD, NEW))
+
+
+def release(content: bytes) -> hatch_build.Release:
+    return hatch_build.Release("x-transformers", "9.9.9", "", {NAME: content}, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "outcome"),
+    [
+        (OLD, try_release.CLEAN),
+        (b"one line more\n" + OLD, try_release.MOVED),
+        (OLD.replace(b"line 20\n", b"another line 20\n"), try_release.CONFLICT),
+        (NEW, try_release.UPSTREAM),
+        (b"one line more\n" + NEW, try_release.UPSTREAM),
+    ],
+)
+def test_a_patch_on_another_release(content: bytes, outcome: str) -> None:
+    ((attempt,), files) = try_release.attempt_series(release(content), [PATCH])
+
+    assert attempt.outcome == outcome
+    assert (b"added\n" in files[NAME]) == (outcome != try_release.CONFLICT)
+    if outcome == try_release.CONFLICT:
+        assert [hunk.partition(", ")[0] for hunk in attempt.hunks] == [f"{NAME}: hunk 1"]
+
+
+def test_what_conflicts_does_not_stop_what_follows() -> None:
+    end = hatch_build.Patch("0002-Change-the-end.patch", make_patch(NAME, OLD, OLD.replace(b"line 39", b"the end")))
+    content = OLD.replace(b"line 20\n", b"another line 20\n")
+
+    attempts, files = try_release.attempt_series(release(content), [PATCH, end])
+
+    assert [attempt.outcome for attempt in attempts] == [try_release.CONFLICT, try_release.CLEAN]
+    assert b"the end" in files[NAME]
+    trial = try_release.Trial("9.9.9", attempts)
+    assert not trial.applied
+    assert "hunk 1" in try_release.report(trial)
+    assert "| 9.9.9 | ✗ | ✓ | not run |" in try_release.table([trial])
+
+
+def test_the_pinned_release_takes_the_series_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    version = provenance.read_pin(ROOT / LINE / "upstream.txt").version
+
+    assert try_release.main([version, "--no-properties"]) == 0
+
+    said = capsys.readouterr().out
+    names = provenance.read_series(ROOT / LINE)
+    assert all(f"  {name}: {try_release.CLEAN}\n" in said for name in names)
+    assert f"| {version} | {' | '.join('✓' for _ in names)} | not run |" in said
+
+
+def test_a_release_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert try_release.main(["0.0.0.1"]) == 2
+    assert "0.0.0.1" in capsys.readouterr().err
+
+    with pytest.raises(SystemExit) as error:
+        try_release.main([])
+    assert error.value.code == 2
+
+
+def test_the_table_is_put_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{try_release.BEGIN}old\n{try_release.END}after\n", encoding="utf-8")
+    monkeypatch.setattr(try_release, "TABLE", page)
+
+    try_release.write_table("new\n")
+    try_release.write_table("newest\n")
+
+    expected = f"before\n{try_release.BEGIN}\nnewest\n\n{try_release.END}after\n"
+    assert page.read_text(encoding="utf-8") == expected
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(hatch_build.BuildError, match="lacks"):
+        try_release.write_table("new\n")
+
+
+def test_properties_fail_on_the_unpatched_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(try_release, "PROPERTIES", ["tests/test_properties.py", "-k", "shifting_all or what_follows"])
+    tree = pristine_tree() / "x_transformers"
+    files = {f"x_transformers/{path.name}": path.read_bytes() for path in tree.glob("*.py")}
+
+    held, said = try_release.run_properties(files, "quick")
+
+    assert not held
+    assert said.splitlines()[0].startswith("1 failed, 2 passed")
+    assert "test_shifting_all_positions_changes_not_one_bit" in said
