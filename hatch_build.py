@@ -4,6 +4,10 @@ The repository holds no copy of upstream. A build has pip download the release t
 hash, applies the patches that `series` names with `git apply`, and includes the result. An sdist carries the patched
 files with a record of their hashes, so a build from it needs neither network nor git.
 
+Every line is built by this file, and has the fork's own module from beside it. The default line's pyproject.toml is
+beside it too; another line's is in its folder of patches, which makes that a package root of its own. An sdist has the
+same layout for every line: pyproject.toml, this file, the package and `patches/<line>/`.
+
 The functions above the hook do the work on plain values and know nothing of hatchling. Besides the build they serve
 the tests and whoever wants the pristine release (`fetch_release`) or the series on another one (`load_release`,
 `apply_series`).
@@ -431,6 +435,18 @@ def _normalized(name: str) -> str:
 # the files in a checkout or an unpacked sdist
 
 
+def own_module() -> dict[str, Path]:
+    """The files of the fork's own module by their path in the package: one copy in the checkout, for every line."""
+    return {path.relative_to(CHECKOUT).as_posix(): path for path in sorted((CHECKOUT / OWN_MODULE).rglob("*.py"))}
+
+
+def build_inputs(line_dir: Path) -> dict[str, Path]:
+    """What a build of the line reads besides the package, by its path in the checkout and in an sdist."""
+    names = ("upstream.txt", "series", *provenance.read_series(line_dir))
+    paths = (CHECKOUT / "hatch_build.py", *(line_dir / name for name in names))
+    return {path.relative_to(CHECKOUT).as_posix(): path for path in paths}
+
+
 def verify_carried(root: Path, line_dir: Path, version: str) -> provenance.Record:
     """Check the patched files that an sdist carries, and its patches, against its record."""
     record = provenance.read_record(root / PACKAGE)
@@ -480,7 +496,7 @@ def refuse_local_edits(root: Path, files: Mapping[str, bytes]) -> None:
             "these files were edited here and would be lost or left out, nothing was changed:\n"
             f"{_indent(chr(10).join(edits))}\n"
             "Ways out: turn the edits into a patch (patches/README.md says how); or delete the files to discard them, "
-            f"then run: {provenance.REFRESH_COMMAND}"
+            f"then run: {provenance.refresh_command(root)}"
         )
 
 
@@ -554,7 +570,14 @@ class PatchedReleaseHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         try:
-            build_data["force_include"].update(self._prepare(editable=version == "editable"))
+            included = self._prepare(editable=version == "editable")
+            taken = {*included.values()}
+            # hatchling's own entries, but one for what is given here: an archive would have both
+            kept = {source: path for source, path in build_data["force_include"].items() if path not in taken}
+            build_data["force_include"] = {**kept, **included}
+            if self.target_name == "wheel":
+                # as upstream's: where its metadata has no Requires-Python, hatchling would add Python 2
+                build_data["tag"] = "py3-none-any"
         except (BuildError, provenance.FormatError, OSError) as error:
             self._clean_up()
             # One message and a non-zero exit: an exception would bury it under hatchling's frames.
@@ -567,6 +590,7 @@ class PatchedReleaseHook(BuildHookInterface[Any]):
         self._clean_up()
 
     def _prepare(self, *, editable: bool) -> dict[str, str]:
+        """The files to include and their paths there: the package and, in an sdist, what a build from it needs."""
         root = Path(self.root)
         line = self.config.get("line")
         if not isinstance(line, str) or not (CHECKOUT / line).is_dir():
@@ -576,24 +600,43 @@ class PatchedReleaseHook(BuildHookInterface[Any]):
 
         if (root / "PKG-INFO").is_file():
             record = verify_carried(root, line_dir, own_version)
-            return {} if editable else {str(root / path): path for path in (*record.files, provenance.RECORD_PATH)}
+            included = {path: root / path for path in (*record.files, provenance.RECORD_PATH)}
+        else:
+            pin = provenance.read_pin(line_dir / "upstream.txt")
+            patches = read_patches(line_dir)
+            release = fetch_release(pin)
+            self._check_metadata(release)
+            files = apply_series(release.files, patches, release=str(pin))
+            if editable and root != CHECKOUT:
+                # a package is imported from one folder, so this one gets a copy of the own module
+                files.update({path: source.read_bytes() for path, source in own_module().items()})
+            record = make_record(own_version, line_dir.name, release, patches, files)
+            if editable:
+                install_editable(root, files, record)
+            else:
+                refuse_local_edits(root, files)
+                files[provenance.RECORD_PATH] = record.to_json().encode()
+                if self.target_name == "sdist" and root != CHECKOUT:
+                    files["pyproject.toml"] = self._pyproject_of_sdist()
+                self._temporary = tempfile.TemporaryDirectory(prefix="x-transformers-")
+                made = Path(self._temporary.name)
+                write_files(files, made)
+                included = {path: made / path for path in files}
 
-        pin = provenance.read_pin(line_dir / "upstream.txt")
-        patches = read_patches(line_dir)
-        release = fetch_release(pin)
-        self._check_metadata(release)
-        files = apply_series(release.files, patches, release=str(pin))
-        record = make_record(own_version, line_dir.name, release, patches, files)
         if editable:
-            install_editable(root, files, record)
             return {}
+        included.update(own_module())
+        if self.target_name == "sdist":
+            included.update(build_inputs(line_dir))
+        return {str(source): path for path, source in included.items()}
 
-        refuse_local_edits(root, files)
-        self._temporary = tempfile.TemporaryDirectory(prefix="x-transformers-")
-        files[provenance.RECORD_PATH] = record.to_json().encode()
-        made = Path(self._temporary.name)
-        write_files(files, made)
-        return {str(made / path): path for path in files}
+    def _pyproject_of_sdist(self) -> bytes:
+        """pyproject.toml of a line in a folder of its own, as an sdist has it: with this file beside it."""
+        here = f'path = "{self.config["path"]}"'
+        text = Path(self.root, "pyproject.toml").read_text(encoding="utf-8")
+        if text.count(here) != 1:
+            raise BuildError(f"pyproject.toml: the custom hook must have the line {here} once, for an sdist to change")
+        return text.replace(here, 'path = "hatch_build.py"').encode()
 
     def _check_metadata(self, release: Release) -> None:
         core = self.metadata.core

@@ -120,7 +120,7 @@ def staleness(package_dir: Path | str | None = None, record: Record | None = Non
     """
     root = _root(package_dir)
     record = record or read_record(package_dir)
-    refresh = f"refresh with: {REFRESH_COMMAND}"
+    refresh = f"refresh with: {refresh_command(root)}"
 
     if (root / PENDING_PATH).exists():
         return (f"an editable install was interrupted and {PACKAGE}/ may be incomplete; {refresh}",)
@@ -155,6 +155,12 @@ def staleness(package_dir: Path | str | None = None, record: Record | None = Non
     if not any(changes.values()) and list(patches) != list(made_with):
         messages.append(f"the order of the patches changed since {PACKAGE}/ was made; {refresh}")
     return tuple(messages)
+
+
+def refresh_command(root: Path) -> str:
+    """What makes the editable install in `root`, the folder that holds the package, anew; to be run in the checkout."""
+    # the folder of another line than the default one is a package root, and has its series
+    return f"pip install -c constraints.txt -e patches/{root.name}" if (root / "series").is_file() else REFRESH_COMMAND
 
 
 # the inputs: the pin, the series and the patches of a line
