@@ -15,7 +15,7 @@ from typing import NoReturn, TextIO
 
 import torch
 
-from . import models, package, properties, report, survey, text
+from . import models, package, properties, report, text
 from .subject import MIN_LEN, Subject
 
 PROG = "python -m x_transformers.xpos"
@@ -119,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_options(options: argparse.Namespace) -> int:
+    if not models.accepts("pos"):
+        raise UsageError(f"the survey is about the options of x-transformers 2.x, not of {package.describe().release}")
+    # not at the top: it imports what a release like that lacks
+    from . import survey
+
     progress = Progress(sys.stderr, len(survey.ENTRIES))
     rows = survey.survey(lambda option: progress(option, ""))
     progress.clear()
@@ -136,7 +141,8 @@ def run_check(options: argparse.Namespace) -> int:
         report.prepare_plot(options.plot)
 
     found = package.describe()
-    progress = Progress(sys.stderr, len(properties.PROPERTIES))
+    left_out = properties.left_out()
+    progress = Progress(sys.stderr, len(properties.PROPERTIES) - len(left_out))
     subject = Subject(torch.tensor(list(content)), max_len, device=device, dtype=dtype)
     results = properties.check(subject, progress)
     progress.clear()
@@ -155,6 +161,7 @@ def run_check(options: argparse.Namespace) -> int:
         },
         results=results,
         logit_factor=subject.logit_factor,
+        left_out=left_out,
     )
     _write(sys.stdout, (report.document(outcome) if options.json else report.table(outcome)) + "\n")
     if options.plot is not None:

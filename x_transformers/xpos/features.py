@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from x_transformers import Decoder
+from x_transformers import Attention, Decoder
 from x_transformers.x_transformers import RotaryEmbedding
 
 from . import formula, models
@@ -40,6 +42,8 @@ class WithOtherKeys:
     inputs: dict[str, Any] = field(default_factory=dict)
     # the same once more, for which the answer must be the same
     padded: dict[str, Any] | None = None
+    # the argument of `AttentionLayers.forward` that it is about, where that is what older releases lack
+    needs: str | None = None
 
     def measure(self, subject: Subject) -> Iterator[Point]:
         net = subject.model(**self.options)
@@ -72,9 +76,20 @@ def _context(padding: int) -> dict[str, Tensor]:
 WITH_OTHER_KEYS = (
     WithOtherKeys("mem-kv", "memory keys", {"attn_num_mem_kv": _NUM_KEYS}),
     WithOtherKeys("mem-kv-norm", "memory keys, qk norm", {"attn_num_mem_kv": _NUM_KEYS, "attn_qk_norm": True}),
-    WithOtherKeys("added-kv", "additional keys", {}, {"self_attn_additional_kv": _added_key_values()}),
     WithOtherKeys(
-        "context-pos", "context positions", {"cross_attend": True}, _context(0), padded=_context(_CONTEXT_PADDING)
+        "added-kv",
+        "additional keys",
+        {},
+        {"self_attn_additional_kv": _added_key_values()},
+        needs="self_attn_additional_kv",
+    ),
+    WithOtherKeys(
+        "context-pos",
+        "context positions",
+        {"cross_attend": True},
+        _context(0),
+        padded=_context(_CONTEXT_PADDING),
+        needs="context_pos",
     ),
 )
 
@@ -148,14 +163,20 @@ def up_to_the_limit(subject: Subject) -> Iterator[Point]:
 
 
 def refusals(subject: Subject) -> Iterator[Point]:
-    """What no center cancels in is refused: l2 distance and CoPE when a model is built, `causal = False` on forward."""
+    """What no center cancels in is refused, as far as a release has it.
+
+    These are l2 distance, CoPE and rotated values when a model is built, and `causal = False` on forward.
+    """
     tokens = subject.tokens[:, :MIN_LEN]
     decoder = {"dim": models.DIM, "depth": 1, "heads": models.HEADS, "rotary_xpos": True, "verbose": False}
+    known = inspect.signature(Attention.__init__).parameters
     attempts: dict[str, Callable[[], object]] = {
-        "attn_l2_distance": lambda: Decoder(**decoder, attn_l2_distance=True),
-        "attn_use_cope": lambda: Decoder(**decoder, attn_use_cope=True),
-        "causal = False": lambda: subject.net(tokens, causal=False),
+        f"attn_{option}": partial(Decoder, **decoder, **{f"attn_{option}": True})
+        for option in ("l2_distance", "use_cope", "rotary_embed_values")
+        if option in known
     }
+    if models.accepts("causal"):
+        attempts["causal = False"] = partial(subject.net, tokens, causal=False)
     for name, attempt in attempts.items():
         try:
             attempt()

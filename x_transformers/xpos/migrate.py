@@ -17,6 +17,8 @@ from torch import nn
 from x_transformers import Attention
 from x_transformers.x_transformers import AttentionLayers
 
+from . import models
+
 GAMMA = 0.4
 
 
@@ -51,8 +53,11 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
         dim = 2 * rotary.inv_freq.shape[0]
         pair = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         factor = ((pair + GAMMA) / (1 + GAMMA)) ** (-(seq_len // 2) / rotary.scale_base)
-        factor = factor.repeat_interleave(2).to(attention.mem_k.device)
-        rotated = attention.mem_k[-attention.rotate_num_heads :, :, :dim]
+        factor = factor.repeat_interleave(2) if models.rotates_neighbors() else factor.repeat(2)
+        factor = factor.to(attention.mem_k.device)
+        # 1.27.5 rotates all heads
+        num_heads = getattr(attention, "rotate_num_heads", attention.heads)
+        rotated = attention.mem_k[-num_heads:, :, :dim]
         rotated.copy_(rotated.double() * factor)
 
     return len(found)

@@ -7,6 +7,7 @@ made random, and queries and keys are large enough that attention is far from un
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from x_transformers import Attention, Decoder, TransformerWrapper
 from x_transformers.attend import Intermediates
-from x_transformers.x_transformers import LayerIntermediates, RotaryEmbedding
+from x_transformers.x_transformers import AttentionLayers, LayerIntermediates, RotaryEmbedding, rotate_half
 
 from . import formula
 
@@ -36,6 +37,11 @@ SUMMARY = f"{DEPTH} layers, {HEADS} heads of {DIM_HEAD} dims, {ROTARY_DIM} rotat
 _QUERY_KEY_STD = 1.5
 # What an element of q or k may reach before it is scaled.
 _ROOM = 64
+
+
+def accepts(argument: str) -> bool:
+    """Whether this release of upstream has an argument of `AttentionLayers.forward`; 1.27.5 lacks some."""
+    return argument in inspect.signature(AttentionLayers.forward).parameters
 
 
 def build(
@@ -87,17 +93,15 @@ def longest_window(dtype: torch.dtype, scale_base: float = formula.SCALE_BASE, *
     `masked` says that the scores with keys ahead have to be finite as well, in float32 or wider, as they have for a
     mask or positions of one's own.
 
-    Where the package does not say, the same is computed here: the center is in the middle of the queries, so q and k
-    are scaled by up to (1 / ζ_0) ** (window / 2 / S), and their scores by its square, which leaves room for elements of
-    up to 64.
+    Where the package does not say, as in the line 1.27.x, the same is computed here, always as if masked: the center
+    is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (window / 2 / S), and their scores by
+    its square, which leaves room for elements of up to 64.
     """
-    score_dtype = torch.promote_types(dtype, torch.float32) if masked else None
+    score_dtype = torch.promote_types(dtype, torch.float32)
     rotary = RotaryEmbedding(ROTARY_DIM, use_xpos=True, scale_base=scale_base)
     if hasattr(rotary, "max_seq_len"):
-        return int(rotary.max_seq_len(dtype, score_dtype))
-    largest = torch.finfo(dtype).max
-    if score_dtype is not None:
-        largest = min(largest, math.sqrt(torch.finfo(score_dtype).max))
+        return int(rotary.max_seq_len(dtype, score_dtype if masked else None))
+    largest = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(score_dtype).max))
     growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / scale_base
     return int(2 * math.log(largest / _ROOM) / growth)
 
@@ -109,8 +113,26 @@ def random_cache(length: int, depth: int, device: torch.device, dtype: torch.dty
     def normal() -> Tensor:
         return torch.randn(1, HEADS, length, DIM_HEAD, generator=generator).to(device, dtype)
 
-    layers = [Intermediates(cached_kv=(normal(), normal()), layer_type="a") for _ in range(depth)]
-    return LayerIntermediates(attn_intermediates=layers, cache_length=length)
+    layers = [Intermediates(cached_kv=(normal(), normal())) for _ in range(depth)]
+    cache = LayerIntermediates(attn_intermediates=layers)
+    # set rather than passed: 1.27.5 knows neither
+    cache.cache_length = length
+    for layer in layers:
+        layer.layer_type = "a"
+    return cache
+
+
+def rotates_neighbors() -> bool:
+    """Whether the dims 2d and 2d + 1 are rotated together, as in 2.x, and not d and d + dim / 2, as in 1.27.5."""
+    return bool(rotate_half(torch.arange(4))[0] == -1)
+
+
+def in_pairs(t: Tensor) -> Tensor:
+    """Unrotated queries or keys `(..., DIM_HEAD)` with the dims that are rotated together beside each other."""
+    if rotates_neighbors():
+        return t
+    halves = t[..., :ROTARY_DIM].unflatten(-1, (2, -1))
+    return torch.cat((halves.transpose(-1, -2).flatten(-2), t[..., ROTARY_DIM:]), dim=-1)
 
 
 @dataclass

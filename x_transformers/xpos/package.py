@@ -31,6 +31,11 @@ class Package:
     stale: tuple[str, ...] = ()
 
     @property
+    def release(self) -> str:
+        """The version of this copy as its record has it, or of the distribution, for a message."""
+        return self.record.version if self.record else self.distribution or "an unknown version"
+
+    @property
     def problems(self) -> tuple[str, ...]:
         return self.unpatched + self.modified + self.stale
 

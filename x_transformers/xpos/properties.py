@@ -26,6 +26,7 @@ from .subject import (
     Subject,
     decode,
     deviation,
+    extend,
     part_sizes,
     prefill,
     score_error,
@@ -140,7 +141,8 @@ def greedy_generation(subject: Subject) -> Iterator[Point]:
     The deviation is 0 where it is. Where it is not, it is how far apart the logits of the two candidates for the first
     token that differs are: within the tolerance they are a tie, which rounding may decide either way.
     """
-    generator = AutoregressiveWrapper(subject.net)
+    # it leaves the model in the mode that it is in itself
+    generator = AutoregressiveWrapper(subject.net).eval()
     longest = min(subject.max_len, _GREEDY_LONGEST_PROMPT)
     for length in [length for length in subject.lengths if length <= longest][::-3][::-1]:
         prompt = subject.tokens[:, :length]
@@ -174,8 +176,9 @@ def scores_on_long_cache(subject: Subject) -> Iterator[Point]:
     net = models.build(subject.room, flash=False, depth=1).to(subject.device, subject.dtype)
     for length in CACHE_LENGTHS:
         cache = models.random_cache(length, 1, subject.device, subject.dtype)
+        tokens = subject.tokens[:, :1].expand(1, length + 1)
         with models.observe(net, torch.tensor([0], device=subject.device)) as layers:
-            _, cache = net(subject.tokens[:, :1], cache=cache, input_not_include_cache=True, return_intermediates=True)
+            _, cache = extend(net, tokens, 1, cache)
         yield from _score_points(layers, cache, torch.tensor([length]))
 
 
@@ -192,10 +195,13 @@ def _score_points(layers: list[models.Observed], cache: LayerIntermediates, quer
 
 @dataclass(frozen=True)
 class Property:
+    """`needs` is an argument of `AttentionLayers.forward` without which a release has nothing to measure."""
+
     key: str
     name: str
     measure: Callable[[Subject], Iterator[Point]]
     tolerance: Callable[[Subject], float]
+    needs: str | None = None
 
 
 def _of_calls(subject: Subject) -> float:
@@ -225,30 +231,37 @@ def _none(_subject: Subject) -> float:
 PROPERTIES = (
     Property("prefix", "prefix consistency", prefix_consistency, _of_calls),
     Property("cached-whole", "cached decode, whole text", cached_decode_whole, _of_decoding),
-    Property("cached-new", "cached decode, new token", cached_decode_new, _of_decoding),
+    Property("cached-new", "cached decode, new token", cached_decode_new, _of_decoding, "input_not_include_cache"),
     Property("chunked", "chunked prefill", chunked_prefill, _of_chunks),
     Property("mems", "segments with mems", segments_with_mems, _of_chunks),
-    Property("shift", "shift of positions", shift_invariance, _none),
+    Property("shift", "shift of positions", shift_invariance, _none, "pos"),
     Property("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
     Property("scores", "scores, all queries", scores_of_all_queries, _of_scores),
     Property("scores-cache", "scores, long cache", scores_on_long_cache, _of_scores_on_cache),
     Property("scores-bf16", "scores, cast to bfloat16", *features.scores_cast_to(torch.bfloat16)),
     Property("scores-f16", "scores, cast to float16", *features.scores_cast_to(torch.float16)),
-    Property("scores-shards", "scores, across shards", features.scores_across_shards, _of_scores),
-    *(Property(feature.key, feature.name, feature.measure, feature.tolerance) for feature in features.WITH_OTHER_KEYS),
+    Property("scores-shards", "scores, across shards", features.scores_across_shards, _of_scores, "pos"),
+    *(Property(each.key, each.name, each.measure, each.tolerance, each.needs) for each in features.WITH_OTHER_KEYS),
     Property("table", "table passed in", features.table_passed_in, _of_decoding),
     Property("range", "up to the limit", features.up_to_the_limit, _of_chunks),
     Property("refusals", "refusals", features.refusals, _none),
 )
 
 
+def left_out() -> tuple[Property, ...]:
+    """The properties that this release of upstream has no arguments for."""
+    return tuple(prop for prop in PROPERTIES if prop.needs is not None and not models.accepts(prop.needs))
+
+
 @torch.no_grad()
 def check(subject: Subject, progress: Callable[[str, str], None] = lambda _name, _step: None) -> tuple[Result, ...]:
     """Measure every property of `subject`; one that raises is a failed result with its error, and the rest still run.
 
-    `progress` is told the property and, length by length, where in it the run is.
+    Those of `left_out` are not among the results. `progress` is told the property and, length by length, where in it
+    the run is.
     """
-    return tuple(_judge(prop, subject, progress) for prop in PROPERTIES)
+    skipped = left_out()
+    return tuple(_judge(prop, subject, progress) for prop in PROPERTIES if prop not in skipped)
 
 
 def _judge(prop: Property, subject: Subject, progress: Callable[[str, str], None]) -> Result:

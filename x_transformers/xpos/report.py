@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .package import Package
-from .properties import Result
+from .properties import Property, Result
 
 WIDTH = 100
 
@@ -27,12 +27,14 @@ class Report:
     """`run` says what was run in plain values: device, dtype, max_len, text, torch, seconds and the like.
 
     `logit_factor` is that of `properties.Subject`: the tolerance of logits in units of the error that the dtype forces.
+    `left_out` are the properties that the release has no arguments for.
     """
 
     package: Package
     run: Mapping[str, str | int | float]
     results: tuple[Result, ...]
     logit_factor: float
+    left_out: tuple[Property, ...] = ()
 
     @property
     def failed(self) -> tuple[Result, ...]:
@@ -89,6 +91,9 @@ def table(report: Report) -> str:
         detail = textwrap.wrap(result.detail, WIDTH - len(row)) or [""]
         lines.append((row + detail[0]).rstrip())
         lines += [" " * len(row) + rest for rest in detail[1:]]
+    if report.left_out:
+        missing = "; ".join(f"{prop.name} ({prop.needs})" for prop in report.left_out)
+        lines += _wrapped("left out  ", [f"{missing}: this release of x-transformers lacks the argument"])
     lines.append("")
 
     lines += _wrapped("", _explanations(report))
@@ -180,6 +185,7 @@ def document(report: Report) -> str:
             }
             for result in report.results
         ],
+        "left_out": [{"key": prop.key, "name": prop.name, "needs": prop.needs} for prop in report.left_out],
     }
     return json.dumps(fields, indent=2, allow_nan=False)
 

@@ -93,9 +93,9 @@ class Subject:
         net, exact, ratio = self._without_positions()
         start = self.max_len - STEPS
         call = ratio * deviation(net(self.tokens), exact)
-        decoding = ratio * deviation(
-            decode(net, self.tokens, start, input_not_include_cache=True), exact[:, start - 1 :]
-        )
+        only_new = models.accepts("input_not_include_cache")
+        decoded = decode(net, self.tokens, start, input_not_include_cache=only_new)
+        decoding = ratio * deviation(decoded, exact[:, start - 1 :])
         chunks = ratio * max(deviation(prefill(net, self.tokens, size), exact) for size in part_sizes(self.max_len))
         return ForcedErrors(_finite(call), _finite(max(call, decoding)), _finite(max(call, chunks)))
 
@@ -191,6 +191,7 @@ def score_error(
     `q` `(heads, i, dim_head)` and `k` `(heads, j, dim_head)` are those before the rotation.
     """
     query_pos, key_pos = query_pos.cpu(), key_pos.cpu()
+    q, k = models.in_pairs(q), models.in_pairs(k)
     exact, size = formula.scores(q, k, query_pos, key_pos, rotary_dim=models.ROTARY_DIM, scale_base=scale_base)
     error = (scores.detach().cpu().double() - exact).abs() / size.amax(dim=-1, keepdim=True)
     error = error[:, query_pos[:, None] >= key_pos]
@@ -202,26 +203,34 @@ def decode(net: nn.Module, tokens: Tensor, start: int, *, input_not_include_cach
     logits, cache = net(tokens[:, :start], return_intermediates=True)
     found = [logits[:, -1:]]
     for end in range(start + 1, tokens.shape[1] + 1):
-        first = end - 1 if input_not_include_cache else 0
-        logits, cache = net(
-            tokens[:, first:end],
-            cache=cache,
-            input_not_include_cache=input_not_include_cache,
-            return_intermediates=True,
-        )
+        if input_not_include_cache:
+            logits, cache = extend(net, tokens[:, :end], 1, cache)
+        else:
+            logits, cache = net(tokens[:, :end], cache=cache, return_intermediates=True)
         found.append(logits[:, -1:])
     return torch.cat(found, dim=1)
 
 
 def prefill(net: nn.Module, tokens: Tensor, size: int) -> Tensor:
     """Logits of all tokens, `size` of them in each call."""
-    found, cache = [], None
+    found, cache, end = [], None, 0
     for chunk in tokens.split(size, dim=1):
-        logits, cache = net(
-            chunk, cache=cache, input_not_include_cache=True, cache_age=chunk.shape[1], return_intermediates=True
-        )
+        end += chunk.shape[1]
+        logits, cache = extend(net, tokens[:, :end], chunk.shape[1], cache)
         found.append(logits)
     return torch.cat(found, dim=1)
+
+
+def extend(net: nn.Module, tokens: Tensor, new: int, cache: Any) -> tuple[Tensor, Any]:
+    """Logits of the last `new` tokens, and the cache of all, given a cache of those before; only the new ones are read.
+
+    Where a release has no argument for that, it is given all of them, and drops the others itself.
+    """
+    options: dict[str, Any] = {"cache": cache, "cache_age": new, "return_intermediates": True}
+    if models.accepts("input_not_include_cache"):
+        tokens, options["input_not_include_cache"] = tokens[:, -new:], True
+    logits, cache = net(tokens, **options)
+    return logits, cache
 
 
 def part_sizes(length: int) -> tuple[int, ...]:
