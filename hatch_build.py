@@ -392,7 +392,8 @@ def metadata_differences(
 
     python = headers["Requires-Python"] or ""
     if SpecifierSet(requires_python) != SpecifierSet(python):
-        messages.append(f'requires-python is "{requires_python}", write: requires-python = "{python}"')
+        advice = f'write: requires-python = "{python}"' if python else "and upstream has none: remove it"
+        messages.append(f'requires-python is "{requires_python}", {advice}')
 
     by_extra: dict[str, list[str]] = {"": []}
     by_extra.update({_normalized(extra): [] for extra in headers.get_all("Provides-Extra", [])})
