@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from packaging_support import pristine_tree, provenance
+from packaging_support import BACKPORT, LINE, pristine_tree, provenance
 
 # building a model takes longer than Hypothesis expects of an input, and varies with the machine
 common = {
@@ -30,6 +30,7 @@ settings.register_profile("pristine", max_examples=60, **briefly)
 
 # what is about the repository and not about the package that is imported
 NOT_ABOUT_THE_PACKAGE = {
+    "test_backport.py",
     "test_build.py",
     "test_check.py",
     "test_patches.py",
@@ -38,6 +39,10 @@ NOT_ABOUT_THE_PACKAGE = {
     "test_swap.py",
     "test_try_release.py",
 }
+
+# tests of the package of another line; all others are about the default line's, with arguments that older ones lack
+LINE_OF_FOLDER = {"line_1_27": BACKPORT.name}
+LINE_TESTED = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,13 +61,20 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--package {tree}: there is no x_transformers in it")
         sys.path.insert(0, str(tree.absolute()))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree.absolute()), os.environ.get("PYTHONPATH")]))
+    record = provenance.read_record(tree / "x_transformers") if tree is not None else None
+    config.stash[LINE_TESTED] = record.line if record is not None else LINE.name
     profile = "pristine" if config.getoption("pristine") else "default"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if collection_path.is_dir():
+        return None
     elsewhere = config.getoption("pristine") or config.getoption("package")
-    return True if elsewhere and collection_path.name in NOT_ABOUT_THE_PACKAGE else None
+    of_line = LINE_OF_FOLDER.get(collection_path.parent.name, LINE.name)
+    if of_line != config.stash[LINE_TESTED] or (elsewhere and collection_path.name in NOT_ABOUT_THE_PACKAGE):
+        return True
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parent.parent
 LINE = Path("patches", "2.x")
+BACKPORT = Path("patches", "1.27.x")
 
 if TYPE_CHECKING:
     import hatch_build as hatch_build
@@ -43,7 +44,14 @@ def copy_project(directory: Path) -> Path:
     own_module = Path("x_transformers", "xpos")
     for folder in (Path("patches"), Path("tests"), own_module):
         shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
+    for installed in directory.glob("patches/*/x_transformers"):
+        shutil.rmtree(installed)
     return directory
+
+
+def package_root(project: Path, line: Path) -> Path:
+    """The folder of the project that a line is built in: its own where it has a pyproject.toml there."""
+    return project / line if (project / line / "pyproject.toml").is_file() else project
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
@@ -52,10 +60,10 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
-def download_pinned_release(directory: Path) -> Path:
+def download_pinned_release(directory: Path, line: Path = LINE) -> Path:
     """A wheelhouse with the pinned release, from wherever the user's own pip finds packages."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["-r", str(ROOT / LINE / "upstream.txt"), "-d", str(directory)]
+    command += ["-r", str(ROOT / line / "upstream.txt"), "-d", str(directory)]
     subprocess.run(command, check=True)
     return directory
 
@@ -87,15 +95,24 @@ def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], u
     return out / result.stdout.splitlines()[-1]
 
 
-def pristine_tree() -> Path:
-    """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path.
+def pristine_tree(line: Path = LINE) -> Path:
+    """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path."""
+    return _built_tree(line, pristine=True)
 
-    It is what the hook builds from an empty series, kept in pytest's cache until one of its inputs changes.
-    """
-    inputs = [ROOT / "hatch_build.py", ROOT / "pyproject.toml", ROOT / LINE / "upstream.txt"]
+
+def patched_tree(line: Path) -> Path:
+    """The same with the patches of the line: its package, for tests to run on."""
+    return _built_tree(line, pristine=False)
+
+
+def _built_tree(line: Path, *, pristine: bool) -> Path:
+    """What the hook builds, from an empty series if `pristine`; in pytest's cache until one of its inputs changes."""
+    inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]
     inputs += sorted((ROOT / "x_transformers" / "xpos").glob("*.py"))
+    if not pristine:
+        inputs += [ROOT / line / name for name in ("series", *provenance.read_series(ROOT / line))]
     key = provenance.sha256(b"".join(path.read_bytes() for path in inputs))[:16]
-    cache = ROOT / ".pytest_cache" / "pristine"
+    cache = ROOT / ".pytest_cache" / f"{line.name}-{'pristine' if pristine else 'patched'}"
     tree = cache / key
     if tree.is_dir():
         return tree
@@ -103,8 +120,9 @@ def pristine_tree() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         project = copy_project(Path(temporary, "project"))
-        set_series(project, {})
-        wheel = build("build_wheel", project, Path(temporary, "wheel"), os.environ)
+        if pristine:
+            set_series(project, {}, line=line)
+        wheel = build("build_wheel", package_root(project, line), Path(temporary, "wheel"), os.environ)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(temporary, "tree"))
         for old in cache.iterdir():
@@ -129,9 +147,11 @@ def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "
     return f"{head}---\n\ndiff --git a/{path} b/{path}\n{mode}{''.join(diff)}".encode()
 
 
-def set_series(project: Path, patches: Mapping[str, bytes], series: Sequence[str] | None = None) -> None:
+def set_series(
+    project: Path, patches: Mapping[str, bytes], series: Sequence[str] | None = None, line: Path = LINE
+) -> None:
     """Replace the patches of the project."""
-    line_dir = project / LINE
+    line_dir = project / line
     for old in line_dir.glob("*.patch"):
         old.unlink()
     for name, content in patches.items():

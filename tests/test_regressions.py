@@ -25,6 +25,7 @@ REASONS = {
 
 class Outcome(NamedTuple):
     name: str
+    # of its mark `regression`, empty if it has none
     reason: str
     # the first line of what it failed with, None if it passed
     failure: str | None
@@ -46,7 +47,7 @@ def read(report: Path) -> list[Outcome]:
         properties = {prop.get("name"): prop.get("value", "") for prop in case.iter("property")}
         failure = case.find("failure")
         message = None if failure is None else failure.get("message", "").splitlines()[0]
-        found.append(Outcome(f"{case.get('classname')}::{case.get('name')}", properties["regression"], message))
+        found.append(Outcome(f"{case.get('classname')}::{case.get('name')}", properties.get("regression", ""), message))
     return found
 
 
