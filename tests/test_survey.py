@@ -6,10 +6,8 @@ import json
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from x_transformers import Attention, Decoder, FeedForward
 from x_transformers import x_transformers as upstream
@@ -149,22 +147,17 @@ def test_xpos_keeps_what_plain_rotary_has_with_several_options(pairs):
 # the survey sees a bug
 
 
-class WrongKeys(Tensor):
-    """A scale of the queries whose reciprocal, that of the keys, has a center of its own."""
-
-    def __pow__(self, exponent: float) -> Tensor:
-        scale = self.as_subclass(Tensor)
-        return scale**exponent * (scale[:, :1] / scale[:, -1:]) ** 0.25
-
-
 def test_keys_with_a_center_of_their_own_break_nearly_every_option(monkeypatch):
-    forward = upstream.RotaryEmbedding.forward
+    tables = upstream.to_xpos_tables
 
-    def broken(self, *args, **kwargs):
-        freqs, scale = forward(self, *args, **kwargs)
-        return freqs, scale.as_subclass(WrongKeys) if torch.is_tensor(scale) else scale
+    def broken(freqs, scale, dim_head):
+        q_table, k_table, null_table = tables(freqs, scale, dim_head)
+        # by a distance that changes with the length
+        away = (scale[:, :1, ::2] / scale[:, -1:, ::2])[:, None] ** 0.25
+        k_table[..., : away.shape[-1]] *= away
+        return q_table, k_table, null_table
 
-    monkeypatch.setattr(upstream.RotaryEmbedding, "forward", broken)
+    monkeypatch.setattr(upstream, "to_xpos_tables", broken)
     options = [option for option in ENTRIES if not option.startswith("cross_")][::5]
 
     rows = [row for option in options for row in survey.rows_of(ENTRIES[option]) if row.plain]
@@ -175,14 +168,12 @@ def test_keys_with_a_center_of_their_own_break_nearly_every_option(monkeypatch):
 
 @pytest.mark.parametrize("option", ["attn_num_mem_kv", "forward.self_attn_additional_kv"])
 def test_keys_without_a_position_that_are_not_rotated_break_prefix_consistency(monkeypatch, option):
-    def at_position_0(self, *args, **kwargs):
-        freqs, scale = forward(self, *args, **kwargs)
-        if torch.is_tensor(scale):
-            freqs[:, :1], scale[:, :1] = 0.0, 1.0
-        return freqs, scale
+    apply_xpos = upstream.apply_xpos
 
-    forward = upstream.RotaryEmbedding.forward
-    monkeypatch.setattr(upstream.RotaryEmbedding, "forward", at_position_0)
+    def only_with_a_position(t, table):
+        return t if table.shape[-2] == 1 < t.shape[-2] else apply_xpos(t, table)
+
+    monkeypatch.setattr(upstream, "apply_xpos", only_with_a_position)
 
     row = next(survey.rows_of(ENTRIES[option]))
 

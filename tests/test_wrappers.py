@@ -535,15 +535,16 @@ def test_two_continuous_segments_equal_the_whole(options, seed, first_len, secon
     assert_equal_to_rounding(torch.cat((first, second), dim=1), model(x))
 
 
-@pytest.mark.parametrize("past", [1, 2])
-@pytest.mark.parametrize("num_mem_kv", [0, 2])
-def test_more_cached_keys_than_positions_are_an_error(past, num_mem_kv):
+@few
+@given(mem_kv_options(), seeds, st.integers(2, 6), nums_new)
+def test_continuous_generation_past_max_seq_len_attends_to_all_that_is_cached(options, seed, max_seq_len, num_new):
     # the wrapper crops its input to `max_seq_len`, but not the cache
-    options = dict(dim=8, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, attn_num_mem_kv=num_mem_kv)
-    model = build_continuous({**options, "verbose": False}, 0, max_seq_len=6)
+    short, long = (build_continuous(options, seed, max_seq_len=n, use_abs_pos_emb=False) for n in (max_seq_len, 64))
+    prompt = randn(seed, 2, max_seq_len, 3)
 
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
-        ContinuousAutoregressiveWrapper(model).generate(randn(0, 1, 6, 3), 1 + past)
+    new, expected = (ContinuousAutoregressiveWrapper(m).generate(prompt, num_new + 1) for m in (short, long))
+
+    assert_equal_to_rounding(new, expected)
 
 
 @few
