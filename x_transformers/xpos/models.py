@@ -100,7 +100,7 @@ def longest_window(dtype: torch.dtype, scale_base: float = formula.SCALE_BASE, *
     score_dtype = torch.promote_types(dtype, torch.float32)
     rotary = RotaryEmbedding(ROTARY_DIM, use_xpos=True, scale_base=scale_base)
     if hasattr(rotary, "max_seq_len"):
-        return int(rotary.max_seq_len(dtype, score_dtype if masked else None))
+        return int(rotary.max_seq_len(dtype, score_dtype) if masked else rotary.max_seq_len(dtype))
     largest = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(score_dtype).max))
     growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / scale_base
     return int(2 * math.log(largest / _ROOM) / growth)
