@@ -32,7 +32,9 @@ settings.register_profile("pristine", max_examples=60, **briefly)
 NOT_ABOUT_THE_PACKAGE = {
     "test_backport.py",
     "test_build.py",
+    "test_build_hardening.py",
     "test_check.py",
+    "test_for_upstream.py",
     "test_patches.py",
     "test_projects.py",
     "test_regressions.py",
@@ -48,6 +50,7 @@ LINE_TESTED = pytest.StashKey[str]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("x-transformers", "which x_transformers is tested")
     group.addoption("--pristine", action="store_true", help="the unpatched pinned release, built with an empty series")
+    group.addoption("--upstream", type=Path, metavar="DIR", help="a clone of upstream's repository, to run its tests")
     group.addoption("--package", type=Path, metavar="DIR", help="the one in DIR")
 
 

@@ -134,6 +134,15 @@ def _built_tree(line: Path, *, pristine: bool) -> Path:
     return tree
 
 
+def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run git in a repository, with nobody's settings."""
+    identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = clean_environment(
+        GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", HOME=str(repository.parent), LC_ALL="C", **identity
+    )
+    return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
+
+
 def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "Change a file") -> bytes:
     """A patch of one file, None meaning that it does not exist; minimal, but of the form of git format-patch."""
     diff = difflib.unified_diff(

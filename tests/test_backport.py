@@ -24,6 +24,7 @@ from packaging_support import (
     copy_project,
     download_pinned_release,
     edit,
+    git,
     hatch_build,
     offline,
     package_root,
@@ -71,14 +72,6 @@ def unpacked(built: dict[str, Path], tmp_path: Path) -> Path:
     with tarfile.open(built["sdist"]) as archive:
         archive.extractall(tmp_path)
     return tmp_path / built["sdist"].name[: -len(".tar.gz")]
-
-
-def git(repository: Path, *arguments: str) -> str:
-    command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *arguments]
-    environment = clean_environment(GIT_CONFIG_GLOBAL=os.devnull)
-    return subprocess.run(
-        command, cwd=repository, env=environment, text=True, stdout=subprocess.PIPE, check=True
-    ).stdout
 
 
 # what a build gives
@@ -198,7 +191,7 @@ def test_editable_is_a_package_of_its_own(
         assert {path.relative_to(root).as_posix() for path in package.rglob("*") if path.is_file()} == {
             path for path in archive.namelist() if ".dist-info/" not in path
         }
-    assert git(project, "status", "--short") == ""
+    assert git(project, "status", "--short").stdout == ""
     assert provenance.modified_files(package) == provenance.staleness(package) == ()
 
     # it changes neither a build of the line nor one of the default line
@@ -269,7 +262,7 @@ def test_install(installer: str, source: str, checkout: Path, tmp_path: Path) ->
     assert record is not None
     assert record.line == BACKPORT.name
     assert provenance.modified_files(Path(modules[0]).parent) == ()
-    assert git(checkout, "status", "--short", "--ignored") == ""
+    assert git(checkout, "status", "--short", "--ignored").stdout == ""
 
 
 # its tests, on the line and on the pristine release

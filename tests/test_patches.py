@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import email
 import email.policy
-import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from packaging_support import ROOT, clean_environment, hatch_build, provenance, snapshot
+from packaging_support import ROOT, clean_environment, git, hatch_build, provenance, snapshot
 
 LINES = sorted(series.parent for series in ROOT.glob("patches/*/series"))
 PATCHES = [line / name for line in LINES for name in provenance.read_series(line)]
@@ -42,14 +41,6 @@ def changed_lines(patch: Path) -> dict[str, int]:
     output = subprocess.run(command, env=clean_environment(), text=True, stdout=subprocess.PIPE, check=True).stdout
     rows = (row.split("\t") for row in output.split("\0") if row)
     return {path: int(added) + int(removed) for added, removed, path in rows}
-
-
-def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = clean_environment(
-        GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", HOME=str(repository.parent), LC_ALL="C", **identity
-    )
-    return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
 
 
 def test_lines() -> None:
