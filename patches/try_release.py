@@ -62,6 +62,10 @@ class Trial:
     def passed(self) -> bool:
         return self.applied and self.held
 
+    @property
+    def failed(self) -> int:
+        return len((self.properties or "").splitlines()[1:])
+
 
 def attempt_series(release: Release, patches: Sequence[Patch]) -> tuple[tuple[Attempt, ...], dict[str, bytes]]:
     """Each patch in turn, on the result of those before it that apply; and the files with all that do."""
@@ -126,7 +130,8 @@ def try_release(version: str, patches: Sequence[Patch], *, examples: str, proper
     release = download(version)
     attempts, files = attempt_series(release, patches)
     trial = Trial(release.version, attempts)
-    if not properties or not trial.applied:
+    # without a patch that conflicts too, as long as there are others: what fails then says what it was for
+    if not properties or all(attempt.outcome == CONFLICT for attempt in attempts):
         return trial
     held, said = run_properties(files, examples)
     return Trial(release.version, attempts, said, held)
@@ -184,7 +189,7 @@ def table(trials: Sequence[Trial]) -> str:
     lines = [f"| release | {' | '.join(numbers)} | properties |", f"|---{'|---' * len(numbers)}|---|"]
     for trial in trials:
         cells = [SHORT[attempt.outcome] for attempt in trial.attempts]
-        said = "hold" if trial.held else "not run" if trial.properties is None else "**fail**"
+        said = "hold" if trial.held else "not run" if trial.properties is None else f"**{trial.failed} fail**"
         lines.append(f"| {trial.version} | {' | '.join(cells)} | {said} |")
     return "\n".join(lines) + "\n"
 
