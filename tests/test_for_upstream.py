@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -72,6 +74,70 @@ def test_its_tests_fail_without_the_series_and_pass_with_it(repository: Path, tm
     stated = re.search(r"All (\d+) fail without", TESTS_PATCH.read_text(encoding="utf-8"))
     assert stated is not None
     assert int(stated[1]) == len(patched)
+
+
+def reproductions() -> list[str]:
+    """The code of each reproduction in the text of the pull request."""
+    text = (ROOT / "patches" / "README.md").read_text(encoding="utf-8").partition("### The text of the pull request")[2]
+    quoted = "\n".join(re.sub(r"^> ?", "", line) for line in text.splitlines())
+    found = re.findall(r"^ *```python\n(.*?)^ *```", quoted, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for code in found]
+
+
+REPRODUCTIONS = reproductions()
+RUN_EACH = """
+import contextlib, io, json, sys, torch
+for code in json.load(sys.stdin):
+    torch.manual_seed(0)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(code, {})
+        except Exception as error:
+            print(type(error).__name__)
+    print(printed.getvalue().splitlines()[-1])
+"""
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The last line of each reproduction, or the error that it ends with, before the series and after."""
+    found = {}
+    for when, tree in (("before", pristine_tree()), ("after", FORK)):
+        result = subprocess.run(
+            [sys.executable, "-c", RUN_EACH],
+            cwd=tmp_path_factory.mktemp(when),
+            env=clean_environment(PYTHONPATH=str(tree)),
+            input=json.dumps(REPRODUCTIONS),
+            text=True,
+            capture_output=True,
+        )
+        assert result.returncode == 0, result.stderr
+        found[when] = result.stdout.splitlines()
+    return found
+
+
+def test_all_patches_but_those_on_speed_and_shards_have_a_reproduction() -> None:
+    text = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r"^> \d\. .*\((\d{4})\)$", text, re.MULTILINE)
+    assert names == ["0001", "0001", "0001", "0003", "0004", "0005", "0006", "0007", "0008"]
+    assert len(REPRODUCTIONS) == 9
+
+
+@pytest.mark.parametrize("number", range(len(REPRODUCTIONS)))
+def test_a_reproduction_prints_what_it_says(number: int, printed: dict[str, list[str]]) -> None:
+    code = REPRODUCTIONS[number]
+    assert len(code.splitlines()) <= 10
+    stated = code.rpartition(" # ")[2].strip().split(" -> ")
+    for says, prints in zip(stated, (printed["before"][number], printed["after"][number])):
+        if says == "nan" or says.endswith("Error"):
+            assert prints == says
+        elif float(says) > 1e-2:
+            # by how much depends on the random numbers, which are not the same for every version of torch
+            assert float(prints) > 1e-2
+        else:
+            # outputs are below 8, where a rounding error of float32 is 5e-7, and some are added up
+            assert float(prints) < 1e-5
 
 
 @pytest.mark.slow
