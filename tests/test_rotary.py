@@ -79,7 +79,7 @@ def rotated_scores(rotary: RotaryEmbedding, q: Tensor, k: Tensor, offset: int) -
     st.integers(1, 64),
     st.integers(0, 200),
     st.one_of(st.just(0), shifts),
-    st.sampled_from([32, 512]),
+    st.sampled_from([32, 100, 512]),
 )
 @pytest.mark.regression
 def test_scores_equal_the_formula_to_the_rounding_of_the_dtype(dim, dtype, seed, num_queries, past, offset, scale_base):
@@ -203,7 +203,7 @@ def test_moving_window_and_positions_together_changes_not_one_bit(dim, seq_len, 
     assert all(torch.equal(a, b) for a, b in zip(here, there))
 
 
-@given(dims, st.integers(1, 200), st.sampled_from([1.0, 2.5]), st.sampled_from([1.0, 4.0]), st.sampled_from([8, 512]))
+@given(dims, st.integers(1, 200), st.sampled_from([1.0, 2.5]), st.sampled_from([1.0, 4.0]), st.sampled_from([8, 100, 512]))
 def test_without_a_window_the_center_is_the_middle_of_the_positions(dim, seq_len, interpolation, rescale, scale_base):
     rotary = RotaryEmbedding(
         dim,
@@ -225,6 +225,21 @@ def test_without_a_window_the_center_is_the_middle_of_the_positions(dim, seq_len
     torch.testing.assert_close(
         scale[0].double(), (decay(dim) ** power[:, None]).repeat_interleave(**each), rtol=6e-8, atol=0
     )
+
+
+@given(dims, st.floats(16, 1000), st.integers(1, 10_000))
+@pytest.mark.regression
+def test_the_decay_is_computed_in_float64_for_any_scale_base(dim, scale_base, seq_len):
+    rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base).double()
+    pos = torch.arange(seq_len)
+
+    _, scale = table(rotary, pos, 0, seq_len)
+
+    power = (pos - seq_len // 2).double() / scale_base
+    expected = decay(dim) ** power[:, None]
+    # rounding zeta, the power and the result: the first two are multiplied by the power, and by it and the logarithm
+    half_ulps = 2 * (2 + power.abs().max() * (1 + decay(dim).log().abs().max()))
+    torch.testing.assert_close(scale[0, :, ::2], expected, rtol=half_ulps.item() * half_ulp(torch.float64), atol=0)
 
 
 @given(dims, st.integers(1, 200))
