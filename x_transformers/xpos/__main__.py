@@ -356,7 +356,7 @@ def run_check_of_model(options: argparse.Namespace) -> int:
             "dtype": str(net.dtype).removeprefix("torch."),
             "max_len": max(subject.max_len for subject in subjects),
             "text": "random",
-            "model": f"{options.model}, a {type(model).__name__}",
+            "model": f"{options.model}, {user_model.kind_of(model)}",
             "seed": models.SEED,
             "torch": torch.__version__,
             "seconds": round(time.monotonic() - started, 1),

@@ -4,10 +4,10 @@ Tolerances follow from the dtype as in `subject`: 4 times the error that the dty
 same weights and inputs and `PlainRotary` in place of xPos, run the same way (in one call, decoding, in chunks), in the
 dtype against float64. Two runs are compared, and with xPos other keys weigh most. Since that model has no xPos, and no
 part of the package's `RotaryEmbedding`, a fault there cannot widen its own tolerance, as it would if the model were
-compared with itself in float64; and since it has positions, attention is about as sharp as it was trained to be, which
-it would not be without. A float64 model has nothing to be compared with, so there the error of its float32 copy is scaled
-by the ratio of the unit roundoffs, unless attention is not flash: its softmax works in float32 whatever the model's
-dtype. A shift of all positions changes nothing, so its tolerance is exactly 0.
+compared with itself in float64; and since it has positions, attention is about as sharp as it was trained to be, as it
+is not without. A float64 model has nothing to be compared with, so there the error of its float32 copy is scaled by the
+ratio of the unit roundoffs, unless attention is not flash: its softmax works in float32 whatever the model's dtype. A
+shift of all positions changes nothing, so its tolerance is exactly 0.
 
 Not every model has every property: with some options a decoder lacks one whatever its positions are, as a shift where
 memory keys stay at position 0. So where one does not hold, the model with plain rotary is asked as well, and where that

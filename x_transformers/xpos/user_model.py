@@ -84,7 +84,7 @@ def build(spec: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise _error(
             spec,
-            f"it returned {_kind(model)}; return the TransformerWrapper, the Decoder or a module that holds one",
+            f"it returned {kind_of(model)}; return the TransformerWrapper, the Decoder or a module that holds one",
         )
     return model
 
@@ -153,7 +153,8 @@ def _where(error: BaseException) -> str:
     return ""
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """The name of its class, with an article."""
     if value is None:
         return "None"
     name = type(value).__name__
