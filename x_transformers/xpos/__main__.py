@@ -207,8 +207,8 @@ def _add_migrate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "needs no conversion. The result is compared with what upstream computes before it is written.",
         epilog=f"""examples:
   {PROG} migrate old.pt --model train:build_model --length 2048 --output new.pt
-  {PROG} migrate step9.pt --key model --model train:build_model --length 2048 --output step9-xpos.pt
-  {PROG} migrate old.safetensors --model train:build_model --length 2048 --output new.safetensors
+  {PROG} migrate step9.pt --key model --model train:build_model --length 2048 --output new.pt
+  {PROG} migrate a.safetensors --model train:build_model --length 2048 --output b.safetensors
 
 exit status: 0 converted, 1 the answers are not those of before, and nothing was written,
 {_USAGE_AND_INTERRUPT}""",

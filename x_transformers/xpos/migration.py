@@ -4,8 +4,9 @@ The proof does not trust the conversion: on a float64 copy of the model, with th
 what upstream did at the length trained at. There the table of rotary embeddings is passed in, with that length as its
 window, and where it has the position of the memory keys it leaves them as they are. That must be what the converted
 weights give with no more said. What may differ is what the folded memory keys are rounded by, so the tolerance is 4
-times what their own rounding does to the same answers: the worst that comes of changing each element by one unit roundoff,
-up or down at random. In float64 the two also differ in how exact the angles are, which `model_properties` has a tolerance for.
+times what their own rounding does to the same answers: the worst that comes of changing each element by one unit
+roundoff, up or down at random. In float64 the two also differ in how exact the angles are, for which `model_properties`
+has a tolerance.
 """
 
 from __future__ import annotations

@@ -145,14 +145,16 @@ class PlainRotary(nn.Module):
         self.scale = None
         self.dim = 2 * rotary.inv_freq.shape[0]
 
-    def forward(self, t: Tensor, offset: object = 0, seq_len: object = None) -> tuple[Tensor, float]:
-        """Angles `(1, n, dim)` or `(b, n, dim)` of positions `t`, `(n,)` or `(b, n)`, and no scale."""
+    def forward(self, t: Tensor, offset: object = 0, seq_len: object = None) -> tuple[Tensor, Tensor | float]:
+        """Angles `(1, n, dim)` or `(b, n, dim)` of positions `t`, `(n,)` or `(b, n)`, and a scale of 1."""
         dtype = torch.float64 if t.device.type != "mps" else torch.float32
         angle = t[..., None].to(dtype) * formula.angles(self.dim).to(t.device, dtype)
         if models.rotates_neighbors():
             angle = angle.repeat_interleave(2, dim=-1)
             return angle[None] if t.ndim == 1 else angle, 1.0
-        return torch.cat((angle, angle), dim=-1), 1.0
+        angle = torch.cat((angle, angle), dim=-1)
+        # 1.27.5 has angles (n, dim), and brings back to the model's dtype only what it scales by a tensor
+        return angle, torch.ones_like(angle)
 
 
 # ways to run a model over a text
