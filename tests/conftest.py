@@ -39,6 +39,7 @@ NOT_ABOUT_THE_PACKAGE = {
     "test_projects.py",
     "test_regressions.py",
     "test_swap.py",
+    "test_tool.py",
     "test_try_release.py",
 }
 

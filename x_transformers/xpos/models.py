@@ -97,12 +97,17 @@ def longest_window(dtype: torch.dtype, scale_base: float = formula.SCALE_BASE, *
     is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (window / 2 / S), and their scores by
     its square, which leaves room for elements of up to 64.
     """
-    score_dtype = torch.promote_types(dtype, torch.float32)
     rotary = RotaryEmbedding(ROTARY_DIM, use_xpos=True, scale_base=scale_base)
+    return longest_window_of(rotary, dtype, masked=masked)
+
+
+def longest_window_of(rotary: Any, dtype: torch.dtype, *, masked: bool, score_dtype: torch.dtype | None = None) -> int:
+    """`longest_window` of a `RotaryEmbedding` with xPos; `score_dtype` is what masked scores are in if not as above."""
+    score_dtype = score_dtype or torch.promote_types(dtype, torch.float32)
     if hasattr(rotary, "max_seq_len"):
         return int(rotary.max_seq_len(dtype, score_dtype) if masked else rotary.max_seq_len(dtype))
     largest = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(score_dtype).max))
-    growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / scale_base
+    growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / rotary.scale_base
     return int(2 * math.log(largest / _ROOM) / growth)
 
 

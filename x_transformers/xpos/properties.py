@@ -248,9 +248,23 @@ PROPERTIES = (
 )
 
 
-def left_out() -> tuple[Property, ...]:
+@dataclass(frozen=True)
+class LeftOut:
+    """A property that is not measured, and why; `needs` is the argument that is lacking, if it is that."""
+
+    key: str
+    name: str
+    reason: str
+    needs: str | None = None
+
+
+def left_out() -> tuple[LeftOut, ...]:
     """The properties that this release of upstream has no arguments for."""
-    return tuple(prop for prop in PROPERTIES if prop.needs is not None and not models.accepts(prop.needs))
+    return tuple(
+        LeftOut(prop.key, prop.name, "this release of x-transformers lacks the argument", prop.needs)
+        for prop in PROPERTIES
+        if prop.needs is not None and not models.accepts(prop.needs)
+    )
 
 
 @torch.no_grad()
@@ -260,23 +274,36 @@ def check(subject: Subject, progress: Callable[[str, str], None] = lambda _name,
     Those of `left_out` are not among the results. `progress` is told the property and, length by length, where in it
     the run is.
     """
-    skipped = left_out()
-    return tuple(_judge(prop, subject, progress) for prop in PROPERTIES if prop not in skipped)
+    skipped = {prop.key for prop in left_out()}
+    results = []
+    for prop in PROPERTIES:
+        if prop.key not in skipped:
+            progress(prop.name, "")
+            results.append(
+                judge(prop.key, prop.name, partial(prop.tolerance, subject), partial(prop.measure, subject), progress)
+            )
+    return tuple(results)
 
 
-def _judge(prop: Property, subject: Subject, progress: Callable[[str, str], None]) -> Result:
+def judge(
+    key: str,
+    name: str,
+    tolerance_of: Callable[[], float],
+    measure: Callable[[], Iterator[Point]],
+    progress: Callable[[str, str], None],
+) -> Result:
+    """The verdict on what `measure` yields; what it or `tolerance_of` raises is a failure with the error."""
     points: list[Point] = []
     tolerance, error = None, None
-    progress(prop.name, "")
     try:
-        tolerance = prop.tolerance(subject)
-        for point in prop.measure(subject):
+        tolerance = tolerance_of()
+        for point in measure():
             points.append(point)
-            progress(prop.name, f"length {point.length:,}")
+            progress(name, f"length {point.length:,}")
     except Exception as raised:  # whatever a broken package raises is what there is to report
         error = " ".join(f"{type(raised).__name__}: {raised}".split())
     worst = None if error else max(point.deviation for point in points)
-    return Result(prop.key, prop.name, worst, tolerance, error or _detail(points), tuple(points), error)
+    return Result(key, name, worst, tolerance, error or _detail(points), tuple(points), error)
 
 
 def _detail(points: Sequence[Point]) -> str:

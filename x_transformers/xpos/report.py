@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .package import Package
-from .properties import Property, Result
+from .properties import LeftOut, Result
 
 WIDTH = 100
 
@@ -27,14 +27,17 @@ class Report:
     """`run` says what was run in plain values: device, dtype, max_len, text, torch, seconds and the like.
 
     `logit_factor` is that of `properties.Subject`: the tolerance of logits in units of the error that the dtype forces.
-    `left_out` are the properties that the release has no arguments for.
+    `left_out` are the properties that were not measured. `tested` says what of a user's model was, one line each, and
+    is empty for the check's own models; `notes` is what else there is to say.
     """
 
     package: Package
     run: Mapping[str, str | int | float]
     results: tuple[Result, ...]
     logit_factor: float
-    left_out: tuple[Property, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    tested: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[Result, ...]:
@@ -42,7 +45,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        return not self.failed and not self.package.problems
+        return bool(self.results) and not self.failed and not self.package.problems
 
 
 # text
@@ -79,10 +82,14 @@ def table(report: Report) -> str:
     run = report.run
     lines = package_lines(report.package)
     lines += _wrapped("run       ", [f"{run['dtype']} on {run['device']}, {run['model']}, torch {run['torch']}"])
-    lines += _wrapped("text      ", [f"{run['max_len']:,} bytes of {run['text']}"])
+    if report.tested:
+        lines += _wrapped("tested    ", report.tested)
+        lines += _wrapped("note      ", report.notes)
+    else:
+        lines += _wrapped("text      ", [f"{run['max_len']:,} bytes of {run['text']}"])
     lines.append("")
 
-    name_width = max(len(result.name) for result in report.results)
+    name_width = max((len(result.name) for result in report.results), default=0)
     head = f"{'property':<{name_width}}  deviation  tolerance  verdict"
     lines.append(f"{head}  lengths")
     for result in report.results:
@@ -92,14 +99,22 @@ def table(report: Report) -> str:
         lines.append((row + detail[0]).rstrip())
         lines += [" " * len(row) + rest for rest in detail[1:]]
     if report.left_out:
-        missing = "; ".join(f"{prop.name} ({prop.needs})" for prop in report.left_out)
-        lines += _wrapped("left out  ", [f"{missing}: this release of x-transformers lacks the argument"])
+        lines += _wrapped("left out  ", _left_out(report.left_out))
     lines.append("")
 
     lines += _wrapped("", _explanations(report))
     lines.append("")
     lines.append(conclusion(report))
     return "\n".join(lines)
+
+
+def _left_out(left_out: tuple[LeftOut, ...]) -> list[str]:
+    """One message for each reason."""
+    of_reason: dict[str, list[str]] = {}
+    for prop in left_out:
+        named = f"{prop.name} ({prop.needs})" if prop.needs is not None else prop.name
+        of_reason.setdefault(prop.reason, []).append(named)
+    return [f"{'; '.join(names)}: {reason}" for reason, names in of_reason.items()]
 
 
 def _explanations(report: Report) -> list[str]:
@@ -109,12 +124,18 @@ def _explanations(report: Report) -> list[str]:
         reason = "two runs are compared, and nothing is wider than float64 to compute the angles in"
     forced = f"the error that {dtype} forces on the same model without positions, run the same way"
     scores = f"a bound from the unit roundoff of {dtype}, relative to the terms of a query's largest score"
+    if report.tested:
+        forced = f"the error that {dtype} forces on the same model with plain rotary, run the same way"
+        reason = reason.replace("each rounds q and k once more", "with xPos other keys weigh most")
+        return [f"Tolerance: {factor} times {forced}: {reason}. Of a shift: none."]
     return [f"Tolerance of logits: {factor} times {forced}: {reason}.", f"Of scores: {scores}. Of a shift: none."]
 
 
 def conclusion(report: Report) -> str:
     failed, total = len(report.failed), len(report.results)
     outcome = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
+    if total == 0:
+        outcome = "no property could be measured: FAIL"
     package = report.package
     if package.unpatched:
         outcome += ", and the package is UNPATCHED: this is not the fork"
@@ -185,7 +206,11 @@ def document(report: Report) -> str:
             }
             for result in report.results
         ],
-        "left_out": [{"key": prop.key, "name": prop.name, "needs": prop.needs} for prop in report.left_out],
+        "left_out": [
+            {"key": prop.key, "name": prop.name, "needs": prop.needs, "reason": prop.reason} for prop in report.left_out
+        ],
+        "tested": list(report.tested),
+        "notes": list(report.notes),
     }
     return json.dumps(fields, indent=2, allow_nan=False)
 

@@ -74,12 +74,7 @@ class Subject:
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
-        """A ladder from 1 to `max_len`, each about 5/8 of the next, so that odd and even lengths both occur."""
-        ladder, length = [], self.max_len
-        while length >= 1:
-            ladder.append(length)
-            length = length * 5 // 8
-        return tuple(reversed(ladder))
+        return ladder(self.max_len)
 
     @cached_property
     def full(self) -> Tensor:
@@ -231,6 +226,15 @@ def extend(net: nn.Module, tokens: Tensor, new: int, cache: Any) -> tuple[Tensor
         tokens, options["input_not_include_cache"] = tokens[:, -new:], True
     logits, cache = net(tokens, **options)
     return logits, cache
+
+
+def ladder(length: int) -> tuple[int, ...]:
+    """Lengths from 1 to `length`, each about 5/8 of the next, so that odd and even ones both occur."""
+    lengths = []
+    while length >= 1:
+        lengths.append(length)
+        length = length * 5 // 8
+    return tuple(reversed(lengths))
 
 
 def part_sizes(length: int) -> tuple[int, ...]:

@@ -1,0 +1,258 @@
+"""Checkpoints: a state dict that `torch.save` wrote, alone or in a dict, or a safetensors file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAFETENSORS = ".safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, written or used; the message names the argument and the way out."""
+
+
+@dataclass
+class Checkpoint:
+    """`content` is what the file holds, and `state` the state dict in it; `metadata` is that of a safetensors file."""
+
+    content: Any
+    state: MutableMapping[str, Any]
+    metadata: Mapping[str, str] | None = None
+    is_safetensors: bool = False
+
+
+# where it is, and where it goes
+
+
+def check_paths(source: Path, output: Path) -> None:
+    """Refuse an output that is there already, the checkpoint itself above all, or that could not be written."""
+    if not source.is_file():
+        kind = "a folder" if source.is_dir() else "not there"
+        raise CheckpointError(f"argument CHECKPOINT: {source} is {kind}; give the file of a state dict")
+    if output.exists() and output.samefile(source):
+        raise CheckpointError(f"argument --output: {output} is the checkpoint itself; give another path")
+    if os.path.lexists(output):
+        raise CheckpointError(f"argument --output: {output} exists already; remove it or give another path")
+    if (source.suffix == SAFETENSORS) != (output.suffix == SAFETENSORS):
+        expected = f"end in {SAFETENSORS}" if source.suffix == SAFETENSORS else f"not end in {SAFETENSORS}"
+        raise CheckpointError(
+            f"argument --output: {output} must {expected}, as the format stays that of {source.name}; rename it"
+        )
+    folder = output.parent
+    if not folder.is_dir():
+        raise CheckpointError(f"argument --output: there is no folder {folder}; make it, or give another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"argument --output: cannot write to the folder {folder}; give another path")
+
+
+# reading
+
+
+def read(path: Path, key: str | None) -> Checkpoint:
+    """The checkpoint in a file, with all tensors on the CPU; `key` says where in a dict the state dict is.
+
+    Nothing in the file is run: it is read with `weights_only=True`.
+    """
+    if path.suffix == SAFETENSORS:
+        if key is not None:
+            raise CheckpointError(f"argument --key: {path.name} is a safetensors file, which has no dict; leave it out")
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path):  # what torch.save writes; anything else says as much, or nothing
+            raise _unreadable(path, error) from error
+        raise CheckpointError(
+            f"argument CHECKPOINT: {path} holds more than tensors and plain values, and is not read, as that would run "
+            "code in it; save the state dict alone, with torch.save(model.state_dict(), …)"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"argument CHECKPOINT: cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever a file that is none of torch's makes it raise
+        raise _unreadable(path, error) from error
+    return Checkpoint(content, _state_in(content, key, path))
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    safetensors = _safetensors("argument CHECKPOINT")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata()
+            # in the order of the file
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise CheckpointError(f"argument CHECKPOINT: cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return Checkpoint(state, state, metadata, is_safetensors=True)
+
+
+def _safetensors(argument: str) -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise CheckpointError(
+            f"{argument}: a {SAFETENSORS} file needs safetensors, which is not installed; pip install safetensors"
+        ) from None
+    return safetensors
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}{f': {lines[0][:120]}' if lines else ''}"
+    return CheckpointError(
+        f"argument CHECKPOINT: {path} is no file of torch.save, or damaged ({reason}); give the file of a state dict"
+    )
+
+
+def _state_in(content: Any, key: str | None, path: Path) -> MutableMapping[str, Any]:
+    if key is not None:
+        found: Any = content
+        # a name with dots, or names of dicts in dicts
+        steps = [key] if isinstance(content, Mapping) and key in content else key.split(".")
+        for step in steps:
+            if not isinstance(found, Mapping) or step not in found:
+                raise CheckpointError(f"argument --key: {path} has no {key!r}; {_keys_hint(content)}")
+            found = found[step]
+        if not _is_state(found):
+            raise CheckpointError(f"argument --key: {key!r} in {path} is no state dict; {_keys_hint(content)}")
+        return found  # type: ignore[no-any-return]
+    if _is_state(content):
+        return content  # type: ignore[no-any-return]
+    raise CheckpointError(f"argument CHECKPOINT: {path} is not itself a state dict; {_keys_hint(content)}")
+
+
+def _is_state(content: Any) -> bool:
+    if not isinstance(content, MutableMapping) or not content:
+        return False
+    # a module may keep an extra state, which is anything
+    return all(isinstance(name, str) for name in content) and all(
+        isinstance(value, Tensor) or name.endswith("_extra_state") for name, value in content.items()
+    )
+
+
+def _keys_hint(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"it holds a {type(content).__name__}; save model.state_dict()"
+    states = [str(name) for name, value in content.items() if _is_state(value)]
+    if states:
+        return f"give --key with one of {', '.join(states[:5])}"
+    return f"it holds {', '.join(str(name) for name in list(content)[:5]) or 'nothing'}; save model.state_dict()"
+
+
+# the model that it is of
+
+
+def complete(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` with a name for each of the model's: one that is not there may be another's tensor, as tied weights are.
+
+    Raises CheckpointError, with the names, if it is not of this model.
+    """
+    expected = model.state_dict(keep_vars=True)
+    missing = [name for name in expected if name not in state]
+    given = dict(state)
+    same: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        same.setdefault(id(value), []).append(name)
+    for name in list(missing):
+        others = [other for other in same[id(expected[name])] if other in state]
+        if others:
+            given[name] = state[others[0]]
+            missing.remove(name)
+
+    unexpected = [name for name in state if name not in expected]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+        for name, value in expected.items()
+        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != value.shape
+    ]
+    problems = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("it lacks", missing), ("the model lacks", unexpected), ("shapes differ:", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"argument CHECKPOINT: it is not of the model that the factory builds: {'; '.join(problems)}; "
+            f"{_prefix_hint(missing, unexpected)}"
+        )
+    return given
+
+
+def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
+    for name in unexpected:
+        for end in missing:
+            if name.endswith(f".{end}"):
+                return f"have the factory return what has it as {name.removesuffix(end).rstrip('.')!r}"
+    for name in missing:
+        for end in unexpected:
+            if name.endswith(f".{end}"):
+                return f"have the factory return its {name.removesuffix(end).rstrip('.')!r} alone"
+    return "give the factory of the model that was saved"
+
+
+# writing
+
+
+def write(checkpoint: Checkpoint, output: Path, like: Path) -> None:
+    """Write all of it, or nothing, and never over a file that is there; with the permissions of `like`.
+
+    Raises CheckpointError.
+    """
+    save: Callable[[str], None]
+    if checkpoint.is_safetensors:
+        safetensors = _safetensors("argument --output")
+        metadata = None if checkpoint.metadata is None else dict(checkpoint.metadata)
+
+        def save(path: str) -> None:
+            safetensors.torch.save_file(dict(checkpoint.state), path, metadata=metadata)
+    else:
+
+        def save(path: str) -> None:
+            torch.save(checkpoint.content, path)
+
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".new")
+        os.close(handle)
+        save(temporary)
+        shutil.copymode(like, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        _place(temporary, output)
+    except FileExistsError:
+        raise CheckpointError(f"argument --output: {output} exists by now; remove it or give another path") from None
+    except OSError as error:
+        raise CheckpointError(f"argument --output: cannot write {output}: {error.strerror or error}") from error
+    except RuntimeError as error:  # torch's own writer, with the reason in the first line
+        raise CheckpointError(f"argument --output: cannot write {output}: {str(error).splitlines()[0]}") from error
+    finally:
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _place(temporary: str, output: Path) -> None:
+    try:
+        # unlike a rename, it fails where there is a file by now
+        os.link(temporary, output)
+    except FileExistsError:
+        raise
+    except OSError:
+        # a file system without hard links
+        if os.path.lexists(output):
+            raise FileExistsError from None
+        os.replace(temporary, output)
