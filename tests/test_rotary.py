@@ -203,7 +203,9 @@ def test_moving_window_and_positions_together_changes_not_one_bit(dim, seq_len, 
     assert all(torch.equal(a, b) for a, b in zip(here, there))
 
 
-@given(dims, st.integers(1, 200), st.sampled_from([1.0, 2.5]), st.sampled_from([1.0, 4.0]), st.sampled_from([8, 100, 512]))
+@given(
+    dims, st.integers(1, 200), st.sampled_from([1.0, 2.5]), st.sampled_from([1.0, 4.0]), st.sampled_from([8, 100, 512])
+)
 def test_without_a_window_the_center_is_the_middle_of_the_positions(dim, seq_len, interpolation, rescale, scale_base):
     rotary = RotaryEmbedding(
         dim,
