@@ -22,8 +22,8 @@ import importlib
 import inspect
 import io
 import json
-import platform
 import math
+import platform
 import signal
 import subprocess
 import sys
@@ -491,14 +491,17 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def losses(model: nn.Module, text: Text, length: int, settings: Settings, signals: Signals, mode: Mode) -> Tensor:
-    """(length,) bits per byte by position in windows of `length`, averaged over the same bytes for every length."""
+def bits_per_byte(
+    model: nn.Module, text: Text, length: int, settings: Settings, signals: Signals, mode: Mode
+) -> float | None:
+    """The loss in windows of `length`, over the same bytes for every length; None where it is not finite."""
     longest = max(FACTORS) * settings.length
     total = max(min(len(text.held_out) - 1, settings.held_out) // longest, 1) * longest
     inputs, targets = (t.view(-1, length).long() for t in (text.held_out[:total], text.held_out[1 : total + 1]))
-    summed = torch.zeros(length, dtype=torch.float64)
+    summed = 0.0
     rows = max(BYTES_AT_ONCE // length, 1)
-    for x, y in zip(inputs.split(rows), targets.split(rows)):
+    for row in range(0, len(inputs), rows):
+        x, y = inputs[row : row + rows], targets[row : row + rows]
         if signals.asked:
             raise RunInterruptedError
         cache, logits = None, []
@@ -517,8 +520,8 @@ def losses(model: nn.Module, text: Text, length: int, settings: Settings, signal
                 out = model(part)
             logits.append(out.float().cpu())
         found = F.cross_entropy(torch.cat(logits, dim=1).transpose(1, 2), y, reduction="none")
-        summed += found.double().sum(dim=0)
-    return summed / len(inputs) / math.log(2)
+        summed += found.double().sum().item()
+    return summed / total / math.log(2) if math.isfinite(summed) else None
 
 
 @dataclass(frozen=True)
@@ -573,8 +576,7 @@ def measure(
                 bits: list[float | None] = []
                 for factor in FACTORS:
                     bar.set_postfix_str(f"{line.label}, {mode.key}", refresh=False)
-                    loss = losses(model, text, factor * settings.length, settings, signals, mode).mean().item()
-                    bits.append(loss if math.isfinite(loss) else None)
+                    bits.append(bits_per_byte(model, text, factor * settings.length, settings, signals, mode))
                     bar.update()
                 results.append(Measured(line, mode, tuple(bits)))
     return results
