@@ -633,8 +633,8 @@ def draw(results: Sequence[Measured], settings: Settings) -> bytes:
 
     lengths = [factor * settings.length for factor in FACTORS]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
-    for axes, mode in zip(panels, MODES):
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for axes, mode in zip(panels.flat, MODES):
         for result in (result for result in results if result.mode == mode):
             line = result.line
             color, marker = LOOKS[line.kind]
@@ -649,13 +649,22 @@ def draw(results: Sequence[Measured], settings: Settings) -> bytes:
                 markerfacecolor="none" if hollow else color,
                 label=line.label,
             )
+        not_finite: dict[int, list[str]] = {}
+        for result in results:
+            for length, bits in zip(lengths, result.bits):
+                if result.mode == mode and bits is None:
+                    not_finite.setdefault(length, []).append(result.line.label)
+        for length, labels in not_finite.items():
+            note = "NaN:\n" + "\n".join(labels)
+            axes.text(length, 0.97, note, transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=8)
         axes.axvline(settings.length, color="gray", linewidth=1, linestyle=(0, (1, 3)))
         axes.set_title(mode.title, fontsize=10)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
         axes.grid(visible=True, alpha=0.3)
-    figure.supxlabel(f"length of the windows in bytes (trained at N = {settings.length:,}, dotted)", fontsize=10)
+    for axes in panels[1]:
+        axes.set_xlabel(f"length of the windows in bytes (dotted: N = {settings.length:,}, trained at)")
     figure.supylabel("loss on text held out, bits per byte (lower is better)", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
