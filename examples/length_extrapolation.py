@@ -370,7 +370,7 @@ OPTIONS = ("length", "steps", "seed", "device", "threads")
 
 
 def _damaged(path: Path, error: Exception) -> ExampleError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
     return ExampleError(f"checkpoint {path} is damaged ({reason}); delete it, and that model is trained anew")
 
 
@@ -420,7 +420,7 @@ def train(
         **asdict(settings),
         "text": text.digest,
         "package": package.digest,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "model_options": str(positions(kind, settings.length)),
     }
     del made_with["held_out"]
@@ -534,7 +534,7 @@ class Measured:
 
 
 def same_bits(kind: str, packages: Mapping[str, Package], trained: nn.Module, settings: Settings, text: Text) -> bool:
-    """Whether the packages give the same bits in a window of the largest length, in every mode."""
+    """Whether the packages give the same bits in a window of the largest length in one call, in every dtype."""
     x = text.held_out[None, : max(FACTORS) * settings.length].long().to(settings.device)
     for mode in MODES:
         found = []
@@ -810,7 +810,7 @@ def run(options: argparse.Namespace, signals: Signals) -> None:
         **asdict(settings),
         "fork": packages["fork"].version,
         "upstream": packages["upstream"].version if "upstream" in packages else None,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "text": text.name,
         "text_sha256": text.digest,

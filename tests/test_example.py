@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from packaging_support import ROOT, clean_environment, download_pinned_release, offline, pristine_tree
 
@@ -190,10 +190,10 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, stops: set[int]) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
 
 
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example({1})
-@example({STEPS, STEPS + 1})
-@given(st.sets(st.integers(1, NUM_MODELS * STEPS), min_size=1, max_size=4))
+@settings(max_examples=3)
+@example(stops={1})
+@example(stops={STEPS, STEPS + 1})
+@given(stops=st.sets(st.integers(1, NUM_MODELS * STEPS), min_size=1, max_size=4))
 def test_ctrl_c_changes_nothing(
     stops: set[int],
     uninterrupted: tuple[str, dict[str, dict[str, Any]]],
