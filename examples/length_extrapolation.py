@@ -23,6 +23,7 @@ import inspect
 import io
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -49,7 +50,7 @@ PEAK_LR, WARMUP, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 3e-3, 0.05, 0.1, (0.9, 0.9
 SAVE_EVERY = 50
 # of an evaluation, so that memory does not depend on the length
 BYTES_AT_ONCE = 8_192
-# an unfinished record of the loss: how much of the average each step replaces
+# how much of the average loss that is shown each step replaces
 SMOOTHING = 0.02
 
 HERE = Path(__file__).parent
@@ -342,7 +343,6 @@ def progress(description: str, total: int, done: int, unit: str) -> Any:
         total=total,
         initial=done,
         unit=unit,
-        unit_scale=False,
         mininterval=every,
         file=sys.stderr,
     )
@@ -353,7 +353,7 @@ def progress(description: str, total: int, done: int, unit: str) -> Any:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """All of it or nothing: whoever reads the file, whenever this is killed, finds one state or the next."""
-    temporary = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     temporary.write_bytes(content)
     temporary.replace(path)
 
