@@ -656,7 +656,7 @@ def draw(results: Sequence[Measured], settings: Settings) -> bytes:
                     not_finite.setdefault(length, []).append(result.line.label)
         for length, labels in not_finite.items():
             note = "NaN:\n" + "\n".join(labels)
-            axes.text(length, 0.97, note, transform=axes.get_xaxis_transform(), ha="right", va="top", fontsize=8)
+            axes.text(length, 0.4, note, transform=axes.get_xaxis_transform(), ha="right", va="center", fontsize=8)
         axes.axvline(settings.length, color="gray", linewidth=1, linestyle=(0, (1, 3)))
         axes.set_title(mode.title, fontsize=10)
         axes.set_xscale("log", base=2)
@@ -693,7 +693,7 @@ def describe(run: Mapping[str, Any], settings: Settings) -> str:
     return (
         f"x-transformers {run['fork']} beside {run['upstream'] or 'no upstream'}, torch {run['torch']}, Python "
         f"{run['python']}, "
-        f"{settings.device}, {settings.threads} threads, seed {settings.seed}. Decoder of dim {settings.dim}, "
+        f"{settings.device}, {settings.threads} thread{'s' * (settings.threads > 1)}, seed {settings.seed}. Decoder of dim {settings.dim}, "
         f"depth {settings.depth}, {settings.dim // DIM_HEAD} heads of {DIM_HEAD}; {settings.steps:,} steps of "
         f"{settings.batch} windows of {settings.length} bytes of {run['text']} (sha256 {run['text_sha256'][:12]}); "
         f"scale base of xPos {settings.length}, {NUM_MEM_KV} memory key / values. Held out: {run['held_out']:,} bytes. "
