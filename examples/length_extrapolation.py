@@ -690,10 +690,11 @@ def write_page(content: str) -> None:
 
 
 def describe(run: Mapping[str, Any], settings: Settings) -> str:
+    threads = "1 thread" if settings.threads == 1 else f"{settings.threads} threads"
     return (
         f"x-transformers {run['fork']} beside {run['upstream'] or 'no upstream'}, torch {run['torch']}, Python "
         f"{run['python']}, "
-        f"{settings.device}, {settings.threads} thread{'s' * (settings.threads > 1)}, seed {settings.seed}. Decoder of dim {settings.dim}, "
+        f"{settings.device}, {threads}, seed {settings.seed}. Decoder of dim {settings.dim}, "
         f"depth {settings.depth}, {settings.dim // DIM_HEAD} heads of {DIM_HEAD}; {settings.steps:,} steps of "
         f"{settings.batch} windows of {settings.length} bytes of {run['text']} (sha256 {run['text_sha256'][:12]}); "
         f"scale base of xPos {settings.length}, {NUM_MEM_KV} memory key / values. Held out: {run['held_out']:,} bytes. "
