@@ -243,6 +243,10 @@ def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(opt
         assert_equal_to_rounding(program(x), model(x))
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="`to_xpos_tables` pads a complex tensor, and the ONNX exporter has no aten.pad for complex numbers",
+)
 @exported
 @torch.no_grad()
 def test_one_onnx_file_gives_the_answers_of_eager_mode_at_all_lengths(options, tmp_path):
