@@ -1,0 +1,266 @@
+"""xPos compiled and exported: one graph or program for all lengths, with the answers of eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from strategies import build, softmax, tokens
+from test_properties import assert_equal_to_rounding
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves
+
+OPTIONS: dict[str, Any] = dict(
+    dim=16,
+    depth=1,
+    heads=2,
+    attn_dim_head=8,
+    rotary_emb_dim=8,
+    rotary_xpos=True,
+    rotary_xpos_scale_base=16,
+    verbose=False,
+)
+ATTENTION = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
+
+# the first is compiled for. A length of 1 has a graph of its own in torch, which takes 0 and 1 for constants
+LENGTHS = (3, 7, 2, 33, 100)
+
+
+def model_of(**options: Any) -> Any:
+    return build({**OPTIONS, **options}, 0, max_mem_len=1024)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_compiled(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], backend: str = "eager") -> int:
+    """How many graphs are compiled for the calls, each of which must give what eager mode gives."""
+    function(*calls[0])  # einops registers torch with its first call, which must not be within the graph
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for call in calls:
+        actual, expected = tree_leaves(compiled(*call)), tree_leaves(function(*call))
+        assert len(actual) == len(expected) > 0
+        for a, e in zip(actual, expected):
+            assert_equal_to_rounding(a, e)
+    # the functionalized one is counted beside an empty one
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
+# what a model is called with: a function of the model and a length, that gives the call
+
+
+def self_attention(model: Any) -> tuple[Callable, Callable]:
+    return model, lambda n: (tokens(n, 2, n),)
+
+
+def given_pos(model: Any) -> tuple[Callable, Callable]:
+    return lambda x, pos: model(x, pos=pos), lambda n: (tokens(n, 2, n), torch.arange(n) + 5)
+
+
+def given_pos_per_row(model: Any) -> tuple[Callable, Callable]:
+    offsets = torch.tensor([[5], [900]])
+    return lambda x, pos: model(x, pos=pos), lambda n: (tokens(n, 2, n), torch.arange(n) + offsets)
+
+
+def masked_keys(model: Any) -> tuple[Callable, Callable]:
+    def call(n: int) -> tuple[Any, ...]:
+        return tokens(n, 2, n), torch.arange(n) < torch.tensor([[n], [(n + 1) // 2]])
+
+    return lambda x, mask: model(x, self_attn_kv_mask=mask), call
+
+
+def window(model: Any) -> tuple[Callable, Callable]:
+    def call(n: int) -> tuple[Any, ...]:
+        return tokens(n, 2, n), torch.arange(n) + n, 3 * n
+
+    return lambda x, pos, total: model(x, pos=pos, rotary_window=(0, total)), call
+
+
+def mems(model: Any) -> tuple[Callable, Callable]:
+    def call(n: int) -> tuple[Any, ...]:
+        return tokens(n, 2, n), *model(tokens(n + 1, 2, 2 * n + 2), return_mems=True)[1]
+
+    return lambda x, *hiddens: model(x, mems=list(hiddens), return_mems=True), call
+
+
+def cached(model: Any, x: Tensor, cache: Any) -> Any:
+    logits, cache = model(x, cache=cache, cache_age=x.shape[1], input_not_include_cache=True, return_intermediates=True)
+    return logits, [t for inter in cache.attn_intermediates for t in inter.cached_kv]
+
+
+def prompt(model: Any, n: int) -> Any:
+    return model(tokens(n, 2, n), return_intermediates=True)[1]
+
+
+def decode_step(model: Any) -> tuple[Callable, Callable]:
+    return lambda x, cache: cached(model, x, cache), lambda n: (tokens(n + 1, 2, 1), prompt(model, n))
+
+
+def decode_step_with_whole_sequence(model: Any) -> tuple[Callable, Callable]:
+    def step(x: Tensor, cache: Any) -> Tensor:
+        return model(x, cache=cache, return_intermediates=True)[0]
+
+    return step, lambda n: (torch.cat((tokens(n, 2, n), tokens(n + 1, 2, 1)), dim=1), prompt(model, n))
+
+
+def chunk(model: Any) -> tuple[Callable, Callable]:
+    return lambda x, cache: cached(model, x, cache), lambda n: (tokens(n + 1, 2, 5 + n // 3), prompt(model, n))
+
+
+CALLS = {
+    "self attention": (self_attention, {}),
+    "memory key / values": (self_attention, dict(attn_num_mem_kv=2)),
+    "pos": (given_pos, {}),
+    "pos of each row": (given_pos_per_row, {}),
+    "masked keys": (masked_keys, {}),
+    "rotary_window": (window, {}),
+    "mems": (mems, {}),
+    "decode step": (decode_step, {}),
+    "decode step, whole sequence passed": (decode_step_with_whole_sequence, {}),
+    "chunk": (chunk, {}),
+}
+
+
+# these with both, and what flash has functionalized too, as for a compiler: that takes most of the time
+WITH_BOTH = ("self attention", "memory key / values", "decode step")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, "flash") for name in CALLS), *((name, "no flash") for name in WITH_BOTH)]
+)
+@torch.no_grad()
+def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, attention):
+    call, options = CALLS[name]
+    function, arguments = call(model_of(**options, **ATTENTION[attention]))
+
+    backend = "aot_eager" if name in WITH_BOTH and attention == "flash" else "eager"
+    assert graphs_compiled(function, [arguments(n) for n in LENGTHS], backend) == 1
+
+
+@torch.no_grad()
+def test_one_graph_for_all_lengths_of_a_context_with_positions():
+    model = model_of(cross_attend=True, attn_flash=True)
+
+    def call(n: int) -> tuple[Any, ...]:
+        return tokens(n, 2, n), randn(n, 2, n + 4, 16), torch.arange(n + 4)
+
+    graphs = graphs_compiled(
+        lambda x, context, pos: model(x, context=context, context_pos=pos), [call(n) for n in LENGTHS]
+    )
+
+    assert graphs == 1
+
+
+@torch.no_grad()
+def test_one_more_graph_for_a_length_of_1_and_for_lengths_whose_range_has_to_be_checked():
+    # as many queries as fit into float16 are never too many for another dtype, and not checked
+    model = model_of(attn_flash=True)
+    unchecked = model.attn_layers.rotary_pos_emb.max_seq_len(torch.float16)
+    lengths = (3, unchecked, 1, unchecked + 1, unchecked + 9, 1, 2)
+
+    assert graphs_compiled(model, [(tokens(0, 1, n),) for n in lengths]) == 3
+
+
+@torch.no_grad()
+def test_a_mask_costs_as_many_graphs_as_with_plain_rotary():
+    # what follows attention fills in the masked rows with einx, for which a length is a constant
+    def graphs(**options: Any) -> int:
+        model = model_of(attn_flash=True, **options)
+        lengths = LENGTHS[:2]
+        masks = [torch.arange(n) < torch.tensor([[n], [n // 2 + 1]]) for n in lengths]
+        return graphs_compiled(
+            lambda x, mask: model(x, mask=mask), [(tokens(n, 2, n), m) for n, m in zip(lengths, masks)]
+        )
+
+    assert graphs() == graphs(rotary_xpos=False, rotary_pos_emb=True)
+
+
+def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode():
+    model = model_of(attn_num_mem_kv=2, **ATTENTION["no flash"]).requires_grad_(True)
+    params = list(model.parameters())
+    model(tokens(0, 2, 3))
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+
+    for n in LENGTHS:
+        x = tokens(n, 2, n)
+        logits, expected = compiled(x), model(x)
+        assert_equal_to_rounding(logits, expected)
+        actual_gradients, expected_gradients = (
+            torch.autograd.grad(t.square().sum(), params) for t in (logits, expected)
+        )
+        for a, e in zip(actual_gradients, expected_gradients):
+            assert_equal_to_rounding(a, e)
+
+    assert sum(len(graph.graph.nodes) > 0 for graph in counter.graphs) == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_decodes_with_one_graph_for_all_lengths():
+    function, arguments = decode_step(model_of(attn_flash=True, attn_num_mem_kv=2))
+
+    assert graphs_compiled(function, [arguments(n) for n in LENGTHS], backend="inductor") == 1
+
+
+# export. The traced lengths are those that need no check, 5,665 with the default scale base
+
+EXPORTED = {
+    "no flash": {},
+    "flash": dict(attn_flash=True),
+    "memory key / values": dict(attn_num_mem_kv=2),
+}
+MAX_LEN = 128
+exported = pytest.mark.parametrize("options", EXPORTED.values(), ids=EXPORTED)
+
+
+def dynamic_shapes() -> tuple[dict[int, Any]]:
+    return ({1: torch.export.Dim("n", min=1, max=MAX_LEN)},)
+
+
+@exported
+@torch.no_grad()
+def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(options):
+    model = model_of(**{**(ATTENTION["no flash"] if not options.get("attn_flash") else {}), **options})
+    x = tokens(0, 2, 7)
+    model(x)
+
+    program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes()).module()
+
+    for n in (1, 2, 7, 31, MAX_LEN):
+        x = tokens(n, 2, n)
+        assert_equal_to_rounding(program(x), model(x))
+
+
+@exported
+@torch.no_grad()
+def test_one_onnx_file_gives_the_answers_of_eager_mode_at_all_lengths(options, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = build({**OPTIONS, **options}, 0, dtype=torch.float32)
+    path, x = tmp_path / "model.onnx", tokens(0, 2, 7)
+    model(x)
+
+    torch.onnx.export(model, (x,), path, input_names=["x"], dynamic_shapes=dynamic_shapes(), dynamo=True, verbose=False)
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for n in (1, 2, 7, 31, MAX_LEN):
+        x = tokens(n, 2, n)
+        (actual,) = session.run(None, {"x": x.numpy()})
+        expected = model(x).numpy()
+        # as in `assert_equal_to_rounding`, of a single layer: 2 ** 8 roundings of float32, and 2 ** 3 from softmax
+        tolerance = 2**11 * np.finfo(np.float32).eps / 2 * max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)

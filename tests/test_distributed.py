@@ -1,0 +1,183 @@
+"""xPos in several processes: data in parallel, parameters sharded, and one sequence sharded."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed_worker import OPTIONS, SHARDED
+from strategies import build, tokens
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from x_transformers.x_transformers import Attention, FeedForward
+
+TESTS = Path(__file__).parent
+EXAMPLE = TESTS.parent / "examples" / "sharded_sequence.py"
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without distributed")
+
+Results = Callable[[str], "list[tuple[str, Tensor, Tensor]]"]
+
+
+def torchrun(processes: int, *command: Any) -> subprocess.CompletedProcess:
+    """Runs it on a free port, and never longer than two minutes, with all that it has started."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
+    with subprocess.Popen(
+        [*launcher, *map(str, command)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("distributed")
+    ran = torchrun(request.param, TESTS / "distributed_worker.py", folder)
+    assert ran.returncode == 0, ran.stderr
+    of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+    def of(scenario: str) -> list[tuple[str, Tensor, Tensor]]:
+        pairs = []
+        for of_rank in of_ranks:
+            assert not isinstance(of_rank[scenario], str), of_rank[scenario]
+            pairs += of_rank[scenario]
+        assert pairs
+        return pairs
+
+    return of
+
+
+def deviation(actual: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest value expected."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+# as in `assert_equal_to_rounding`: 2 ** 10 dependent roundings, amplified by softmax by up to 2 ** 6
+ROUNDING = 2**16 * torch.finfo(torch.float64).eps / 2
+
+
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp"])
+def test_training_in_parallel_is_training_in_one_process(results, scenario):
+    for name, actual, expected in results(scenario):
+        assert expected.abs().max() > 1e-4, f"{name} does not move"
+        assert deviation(actual, expected) <= ROUNDING, name
+
+
+def test_sharded_parameters_in_bfloat16_cost_xpos_no_more_than_plain_rotary(results):
+    worst: dict[str, float] = {}
+    for name, actual, expected in results("fsdp_in_bfloat16"):
+        worst[name] = max(worst.get(name, 0.0), deviation(actual, expected))
+
+    # a typical error of one is the largest of the other's now and then, but a factor of 4 apart is not chance
+    assert worst["xpos full"] <= 4 * worst["rotary full"]
+    # a prefix is rounded in another order at most: each of its two runs is as far from the exact one
+    assert worst["xpos prefix"] <= 2 * worst["xpos full"]
+
+
+@pytest.mark.parametrize("keys", SHARDED)
+def test_one_window_for_all_shards_is_the_model_in_one_process_and_one_for_each_is_not(results, keys):
+    worst: dict[str, float] = {}
+    for name, actual, expected in results("sharded"):
+        worst[name] = max(worst.get(name, 0.0), deviation(actual, expected))
+
+    for of in ("logits", "gradients"):
+        assert worst[f"{keys}, one window: {of}"] <= ROUNDING
+        assert worst[f"{keys}, own windows: {of}"] > 1e-3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_example_runs(processes):
+    ran = torchrun(processes, EXAMPLE)
+
+    assert ran.returncode == 0, ran.stderr
+    assert f"in {processes} shards" in ran.stdout
+    assert "equal to rounding" in ran.stdout
+
+
+def test_the_example_says_where_it_is_wrong():
+    ran = torchrun(2, EXAMPLE, "--own-windows")
+
+    assert ran.returncode != 0
+    assert "WRONG" in ran.stdout
+
+
+# in one process
+
+
+def gradients(model: Any, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def checkpoint_layers(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, (Attention, FeedForward)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return model
+
+
+@pytest.mark.parametrize("what", ["layers", "model"])
+@pytest.mark.parametrize("flash", [True, False])
+@pytest.mark.parametrize("custom_pos", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_gradients_with_activation_checkpoints_are_the_same_bit_for_bit(what, flash, custom_pos, autocast):
+    model = build({**OPTIONS, "attn_flash": flash, "attn_num_mem_kv": 2}, 0, dtype=torch.float32).requires_grad_(True)
+    x = tokens(0, 2, 40)
+    kwargs = dict(pos=torch.arange(40) + torch.tensor([[3], [9]])) if custom_pos else {}
+    recomputed = 0
+
+    def count(*_: Any) -> None:
+        nonlocal recomputed
+        recomputed += 1
+
+    checkpointed = copy.deepcopy(model)
+    checkpointed.attn_layers.layers[0][1].to_q.register_forward_hook(count)
+    if what == "layers":
+        checkpoint_layers(checkpointed)
+        forward = checkpointed
+    else:
+        forward = partial(checkpoint, checkpointed, use_reentrant=False)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected, actual = model(x, **kwargs), forward(x, **kwargs)
+    assert torch.equal(actual, expected)
+    for a, e in zip(
+        gradients(checkpointed, actual.float().square().mean()), gradients(model, expected.float().square().mean())
+    ):
+        assert torch.equal(a, e)
+    assert recomputed == 2
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_autocast_costs_xpos_no_more_than_plain_rotary(flash):
+    x = tokens(0, 2, 200)
+
+    def error(**options: Any) -> float:
+        model = build({**OPTIONS, "attn_flash": flash, "rotary_xpos_scale_base": 128, **options}, 0, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = model(x)
+        return deviation(actual, copy.deepcopy(model).double()(x))
+
+    # both are the rounding of bfloat16 through two layers, so a factor of 4 apart is not chance
+    assert error() <= 4 * error(rotary_xpos=False, rotary_pos_emb=True)
