@@ -34,6 +34,7 @@ NOT_ABOUT_THE_PACKAGE = {
     "test_build.py",
     "test_build_hardening.py",
     "test_check.py",
+    "test_documents.py",
     "test_example.py",
     "test_for_upstream.py",
     "test_patches.py",
