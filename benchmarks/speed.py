@@ -438,12 +438,16 @@ def curve_table(found: Mapping[str, Sequence[float]], contexts: Sequence[int]) -
     return Table("What positions add to a decoded token", ("context", *found), rows)
 
 
-def write_page(text: str) -> None:
+def write_page(setup: Setup, tables: Sequence[Table]) -> None:
+    """Put the tables between the marks, each in place of the one of its title; those of other parts stay."""
     before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"error: {PAGE.name} lacks {BEGIN.strip()} and {END.strip()}, between which the tables go")
-    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    sections = {part.partition("\n")[0]: part.strip() for part in old.split("\n### ")[1:]}
+    sections.update({table.title: table.markdown().removeprefix("### ").strip() for table in tables})
+    text = "\n\n".join([f"{describe(setup)}.", *(f"### {section}" for section in sections.values())])
+    PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 PARTS: Mapping[str, Callable[..., list[Table]]] = {
@@ -466,7 +470,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of rounds per comparison (default: 20)")
     parser.add_argument("--figure", type=Path, default=HERE / "decode.svg", help="where the curve is drawn")
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="put the tables into benchmarks/README.md, in place of those of the same parts",
+    )
     parser.add_argument("--json", type=Path, help="and all tables into this file")
     options = parser.parse_args()
     setup = Setup(torch.device(options.device), getattr(torch, options.dtype), options.seconds)
@@ -480,8 +488,8 @@ def main() -> None:
 
     warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
     packages = {name: load(tree) for name, tree in trees().items()}
-    text, tables = f"{describe(setup)}.\n", []
-    print(text, flush=True)
+    tables: list[Table] = []
+    print(f"{describe(setup)}.\n", flush=True)
     for part in options.parts or (*PARTS, "curve"):
         if part == "curve":
             contexts = options.contexts or LONG_CONTEXTS
@@ -497,11 +505,10 @@ def main() -> None:
         for table in made:
             print(table.markdown(), flush=True)
         tables += made
-    text += "\n" + "\n".join(table.markdown() for table in tables)
     if options.json:
         options.json.write_text(json.dumps([vars(table) for table in tables], indent=2), encoding="utf-8")
     if options.write:
-        write_page(text)
+        write_page(setup, tables)
 
 
 if __name__ == "__main__":
