@@ -164,7 +164,7 @@ def test_metadata_follows_upstream(wheel: Path, release: hatch_build.Release) ->
     assert ours["Requires-Python"] == upstream["Requires-Python"]
     assert requirements(ours) >= requirements(upstream)
     assert all("extra ==" in line for line in requirements(ours) - requirements(upstream))
-    assert set(ours.get_all("Provides-Extra", [])) == {*upstream.get_all("Provides-Extra", []), "plot"}
+    assert set(ours.get_all("Provides-Extra", [])) == {*upstream.get_all("Provides-Extra", []), "benchmark", "plot"}
 
 
 def test_wheel_carries_both_licences_and_a_right_record_file(wheel: Path, release: hatch_build.Release) -> None:
