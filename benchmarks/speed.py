@@ -40,8 +40,6 @@ from packaging_support import pristine_tree  # noqa: E402
 
 DIM, DEPTH, HEADS, DIM_HEAD, ROTARY_DIM = 512, 6, 8, 64, 32
 CONTEXTS = (256, 1_024, 4_096, 16_384)
-# of a whole sequence in one call, which at 16,384 takes a minute on two cores, and there are thirty of them to time
-WHOLE_CONTEXTS = (256, 1_024, 4_096)
 LONG_CONTEXTS = (256, 1_024, 4_096, 16_384, 65_536)
 POSITIONS: Mapping[str, dict[str, Any]] = {
     "none": {},
@@ -463,9 +461,7 @@ PARTS: Mapping[str, Callable[..., list[Table]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="What xPos costs, upstream beside the fork.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join((*PARTS, 'curve'))}; all by default")
-    parser.add_argument(
-        "--contexts", nargs="+", type=int, help=f"default: {' '.join(map(str, CONTEXTS))}, less where one takes minutes"
-    )
+    parser.add_argument("--contexts", nargs="+", type=int, help=f"default: {' '.join(map(str, CONTEXTS))}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of rounds per comparison (default: 20)")
@@ -498,8 +494,6 @@ def main() -> None:
             draw(found, contexts, options.figure)
         elif part in ("rotation", "compile"):
             made = PARTS[part](setup, packages, options.contexts or ((4_096,) if part == "rotation" else (256, 1_024)))
-        elif part in ("prefill", "train") and setup.device.type == "cpu":
-            made = PARTS[part](setup, packages, options.contexts or WHOLE_CONTEXTS)
         else:
             made = PARTS[part](setup, packages, options.contexts or CONTEXTS)
         for table in made:
