@@ -15,6 +15,7 @@ the tests and whoever wants the pristine release (`fetch_release`) or the series
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from email.parser import HeaderParser
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -507,22 +508,41 @@ def install_editable(root: Path, files: Mapping[str, bytes], record: provenance.
     Local edits are refused before anything is written. The journal comes first and the record last, so that the next
     run, after an interruption at any point, knows each file as the earlier build's, as this one's, or as edited.
     """
-    refuse_local_edits(root, files)
-    known = _known_hashes(root)
-    for path, digest in record.files.items():
-        known.setdefault(path, set()).add(digest)
-    journal = {path: sorted(digests) for path, digests in sorted(known.items())}
-    pending = root / provenance.PENDING_PATH
+    with _alone_in(root):
+        refuse_local_edits(root, files)
+        known = _known_hashes(root)
+        for path, digest in record.files.items():
+            known.setdefault(path, set()).add(digest)
+        journal = {path: sorted(digests) for path, digests in sorted(known.items())}
+        pending = root / provenance.PENDING_PATH
+        try:
+            _write_atomically(pending, json.dumps(journal, indent=2).encode() + b"\n")
+            for path, content in files.items():
+                _write_atomically(root / path, content)
+            for path in sorted(set(known) - set(files)):
+                (root / path).unlink(missing_ok=True)
+            _write_atomically(root / provenance.RECORD_PATH, record.to_json().encode())
+            pending.unlink()
+        except OSError as error:
+            raise BuildError(f"could not write the package's files: {error}; run the same command again") from None
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits for another build that writes there; the system frees the lock when a process ends, however it does."""
     try:
-        _write_atomically(pending, json.dumps(journal, indent=2).encode() + b"\n")
-        for path, content in files.items():
-            _write_atomically(root / path, content)
-        for path in sorted(set(known) - set(files)):
-            (root / path).unlink(missing_ok=True)
-        _write_atomically(root / provenance.RECORD_PATH, record.to_json().encode())
-        pending.unlink()
-    except OSError as error:
-        raise BuildError(f"could not write the package's files: {error}; run the same command again") from None
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # some file systems have no locks
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _modules(root: Path) -> list[str]:
