@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from packaging_support import BACKPORT, LINE, pristine_tree, provenance
+from packaging_support import (
+    BACKPORT,
+    LINE,
+    build,
+    copy_project,
+    download_pinned_release,
+    offline,
+    pristine_tree,
+    provenance,
+)
 
 # building a model takes longer than Hypothesis expects of an input, and varies with the machine
 common = {
@@ -104,3 +113,25 @@ def pytest_report_header() -> str:
     import x_transformers
 
     return f"x_transformers: {Path(x_transformers.__file__).parent}"
+
+
+# what builds are tested with
+
+
+@pytest.fixture(scope="session")
+def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pinned release, to build from offline."""
+    return download_pinned_release(tmp_path_factory.mktemp("wheelhouse"))
+
+
+@pytest.fixture(scope="session")
+def wheel(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this repository as it is."""
+    directory = tmp_path_factory.mktemp("wheel")
+    return build("build_wheel", copy_project(directory / "project"), directory / "out", offline(wheelhouse))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the repository, to be changed."""
+    return copy_project(tmp_path / "project")

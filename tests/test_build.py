@@ -25,7 +25,6 @@ from packaging_support import (
     call_backend,
     clean_environment,
     copy_project,
-    download_pinned_release,
     edit,
     hatch_build,
     make_patch,
@@ -46,32 +45,15 @@ Message = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
-def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return download_pinned_release(tmp_path_factory.mktemp("wheelhouse"))
-
-
-@pytest.fixture(scope="session")
 def release(wheelhouse: Path) -> hatch_build.Release:
     (wheel,) = wheelhouse.glob("*.whl")
     return hatch_build.load_release(wheel)
 
 
 @pytest.fixture(scope="session")
-def wheel(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this repository as it is."""
-    directory = tmp_path_factory.mktemp("wheel")
-    return build("build_wheel", copy_project(directory / "project"), directory / "out", offline(wheelhouse))
-
-
-@pytest.fixture(scope="session")
 def sdist(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sdist")
     return build("build_sdist", copy_project(directory / "project"), directory / "out", offline(wheelhouse))
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    return copy_project(tmp_path / "project")
 
 
 @pytest.fixture

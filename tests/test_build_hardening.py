@@ -22,8 +22,6 @@ from packaging_support import (
     ROOT,
     build,
     clean_environment,
-    copy_project,
-    download_pinned_release,
     hatch_build,
     offline,
     provenance,
@@ -31,22 +29,6 @@ from packaging_support import (
 )
 
 BACKEND = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
-
-
-@pytest.fixture(scope="module")
-def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return download_pinned_release(tmp_path_factory.mktemp("wheelhouse"))
-
-
-@pytest.fixture(scope="module")
-def wheel(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("wheel")
-    return build("build_wheel", copy_project(directory / "project"), directory / "out", offline(wheelhouse))
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    return copy_project(tmp_path / "project")
 
 
 def start(

@@ -170,6 +170,10 @@ def test_commands(document: str, environment: Environment, clone: Path) -> None:
         assert output.count("all 19 properties hold") >= 2
         assert "equal to rounding" in output
         assert (clone / "new.pt").is_file()
+        # the table that is shown is the one that is printed
+        text = (ROOT / document).read_text(encoding="utf-8")
+        (shown,) = re.findall(r"^```\n( +queries in one call.*?)^```", text, re.DOTALL | re.MULTILINE)
+        assert shown in output
     if document == "patches/README.md":
         # what is exported is what is here, to the last byte
         assert "EXPORTED" in output

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging_support import BACKPORT, patched_tree
+from test_check import run as process
 from torch import nn
 
 import x_transformers
@@ -370,20 +371,6 @@ def test_the_command_in_a_process_of_its_own(here: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["passed"]
     assert result.stderr.splitlines()[-1] == f"[{len(KEYS)}/{len(KEYS)}] up to the limit"
-
-
-def process(cwd: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
-    if path is not None:
-        environment["PYTHONPATH"] = str(path)
-    return subprocess.run(
-        [sys.executable, "-m", "x_transformers.xpos", *arguments],
-        cwd=cwd,
-        env=environment,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
 
 
 # limits

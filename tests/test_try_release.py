@@ -61,6 +61,21 @@ def test_what_conflicts_does_not_stop_what_follows() -> None:
     assert "| 9.9.9 | ✗ | ✓ | not run |" in try_release.table([trial])
 
 
+def test_properties_are_run_without_a_patch_that_conflicts_but_not_without_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = hatch_build.Patch("0002-Change-the-end.patch", make_patch(NAME, OLD, OLD.replace(b"line 39", b"the end")))
+    monkeypatch.setattr(
+        try_release, "download", lambda version: release(OLD.replace(b"line 20\n", b"another line 20\n"))
+    )
+    monkeypatch.setattr(try_release, "run_properties", lambda files, examples: (False, "2 failed\nFAILED a\nFAILED b"))
+
+    trial = try_release.try_release("9.9.9", [PATCH, end], examples="quick")
+    none = try_release.try_release("9.9.9", [PATCH], examples="quick")
+
+    assert (trial.applied, trial.held, trial.passed) == (False, False, False)
+    assert "| ✗ | ✓ | **2 fail** |" in try_release.table([trial])
+    assert none.properties is None
+
+
 def test_the_pinned_release_takes_the_series_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     version = provenance.read_pin(ROOT / LINE / "upstream.txt").version
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -117,11 +117,23 @@ exit status:
     return parser
 
 
+def _add_command(
+    commands: argparse._SubParsersAction[_Parser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    **texts: Any,
+) -> _Parser:
+    parser = commands.add_parser(name, allow_abbrev=False, formatter_class=_Help, **texts)
+    parser.set_defaults(command=run)
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output instead of text")
+    return parser
+
+
 def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
-    check = commands.add_parser(
+    check = _add_command(
+        commands,
         "check",
-        allow_abbrev=False,
-        formatter_class=_Help,
+        run_check,
         help="say whether xPos is right here, on small models or on your own (the default)",
         description="Run models with rotary_xpos=True over whole texts and compare what must be the same: prefixes,\n"
         "the KV cache, chunks, mems, shifted positions, generated text, and the scores of the paper's formula.\n"
@@ -136,7 +148,6 @@ def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
 exit status: 0 all is well, 1 a property fails or the package is unpatched, modified or stale,
 {_USAGE_AND_INTERRUPT}""",
     )
-    check.set_defaults(command=run_check)
     check.add_argument(
         "--model",
         metavar="MODULE:FACTORY",
@@ -156,15 +167,14 @@ exit status: 0 all is well, 1 a property fails or the package is unpatched, modi
         f"at least {model_properties.MIN_LEN} tokens (default: {model_properties.DEFAULT_MAX_LEN}, or all it can read)",
     )
     check.add_argument("--text", metavar="FILE", help="the text to read (default: the topics of Python's own help)")
-    check.add_argument("--json", action="store_true", help="one JSON document on standard output instead of a table")
     check.add_argument("--plot", metavar="FILE", help="draw deviation against length; needs the extra `plot`")
 
 
 def _add_limits(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "limits",
-        allow_abbrev=False,
-        formatter_class=_Help,
+        run_limits,
         help="say how many queries fit into one call, by dtype, and what a longer one needs",
         description="How many queries fit into one call before xPos leaves the range of the dtype, as the package\n"
         "itself refuses it. What is in the KV cache or the mems does not count.",
@@ -175,7 +185,6 @@ def _add_limits(commands: argparse._SubParsersAction[_Parser]) -> None:
 exit status: 0, whether or not the length fits,
 {_USAGE_AND_INTERRUPT}""",
     )
-    parser.set_defaults(command=run_limits)
     parser.add_argument(
         "--dim",
         type=_whole_number,
@@ -193,14 +202,13 @@ exit status: 0, whether or not the length fits,
     parser.add_argument(
         "--length", type=_whole_number, metavar="N", help="also say which scale base N queries in one call need"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output instead of a table")
 
 
 def _add_migrate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = commands.add_parser(
+    parser = _add_command(
+        commands,
         "migrate",
-        allow_abbrev=False,
-        formatter_class=_Help,
+        run_migrate,
         help="convert a checkpoint with memory keys (attn_num_mem_kv) that was trained without this fork",
         description="Convert a checkpoint of a model with rotary_xpos=True and attn_num_mem_kv that was trained on\n"
         "upstream's release: at the length trained at it then gives here what it gave there. Any other model\n"
@@ -213,7 +221,6 @@ def _add_migrate(commands: argparse._SubParsersAction[_Parser]) -> None:
 exit status: 0 converted, 1 the answers are not those of before, and nothing was written,
 {_USAGE_AND_INTERRUPT}""",
     )
-    parser.set_defaults(command=run_migrate)
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
@@ -235,14 +242,13 @@ exit status: 0 converted, 1 the answers are not those of before, and nothing was
     parser.add_argument("--output", required=True, metavar="OUT", help="the file to write; it must not exist yet")
     parser.add_argument("--key", metavar="KEY", help="where in a dict the state dict is, as in model or state.model")
     parser.add_argument("--dry-run", action="store_true", help="convert and compare, and write nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON document on standard output instead of text")
 
 
 def _add_options(commands: argparse._SubParsersAction[_Parser]) -> None:
-    options = commands.add_parser(
+    _add_command(
+        commands,
         "options",
-        allow_abbrev=False,
-        formatter_class=_Help,
+        run_options,
         help="compare xPos with plain rotary with every option of a decoder turned on",
         description="Turn on every option of a decoder, and say where xPos lacks what plain rotary has with it. Takes\n"
         "about half a minute.",
@@ -253,8 +259,6 @@ def _add_options(commands: argparse._SubParsersAction[_Parser]) -> None:
 exit status: 0 xPos keeps all that plain rotary has, 1 it does not or an option is unclassified,
 {_USAGE_AND_INTERRUPT}""",
     )
-    options.set_defaults(command=run_options)
-    options.add_argument("--json", action="store_true", help="one JSON document on standard output instead of a table")
 
 
 def run_options(options: argparse.Namespace) -> int:
