@@ -356,25 +356,23 @@ def append(copy: Path, code: str) -> None:
 
 
 CENTER_OF_ALL_POSITIONS = """
-_with_window, _kept = RotaryEmbedding.forward, RotaryEmbedding.kept_xpos_tables
+_with_window, _kept = RotaryEmbedding.forward, RotaryEmbedding.kept_xpos_keys
 def _without_window(self, t, offset = 0, seq_len = None):
     return _with_window(self, t)
 def _centered_on_all(self, length, *args):
-    q_table, k_table, _ = _kept(self, length, *args)
     ratio = arange(self.inv_freq.shape[0]) / self.inv_freq.shape[0]
     away = ((ratio + 0.4) / 1.4) ** (length / 2 / self.scale_base)
-    away = F.pad(away, (0, q_table.shape[-1] - len(away)), value = 1.)
-    return q_table * away, k_table / away, None
-RotaryEmbedding.forward, RotaryEmbedding.kept_xpos_tables = _without_window, _centered_on_all
+    k_table = _kept(self, length, *args)
+    away = F.pad(away, (0, k_table.shape[-1] - len(away)), value = 1.)
+    return k_table / away * away
+RotaryEmbedding.forward, RotaryEmbedding.kept_xpos_keys = _without_window, _centered_on_all
 """
 
-KEYS_ONE_OFF_IF_THERE_ARE_OTHERS = """
-_kept = RotaryEmbedding.kept_xpos_tables
-def _one_off(self, length, stop, *args):
-    q_table, k_table, null_table = _kept(self, length, stop, *args)
-    # more keys than queries
-    return q_table, k_table.roll(1, -2) if 2 * stop < length else k_table, null_table
-RotaryEmbedding.kept_xpos_tables = _one_off
+KEYS_BEFORE_THE_QUERIES_ONE_OFF = """
+_right = RotaryEmbedding.forward
+def _one_off(self, t, offset = 0, seq_len = None):
+    return _right(self, t - (t < offset).long(), offset, seq_len)
+RotaryEmbedding.forward = _one_off
 """
 
 KEYS_WITHOUT_DECAY = """
@@ -382,7 +380,7 @@ _tables = to_xpos_tables
 def to_xpos_tables(*args):
     q_table, k_table, _ = _tables(*args)
     k_table = k_table / k_table.abs()
-    return q_table, k_table, k_table[..., :1, :]
+    return q_table, k_table, k_table[:, :, :1]
 """
 
 RAISES_WITH_MEMS = """
@@ -400,7 +398,7 @@ DECODING = {"cached-whole", "cached-new", "chunked", "mems", "scores-cache"}
     ("code", "must_fail", "must_pass"),
     [
         pytest.param(CENTER_OF_ALL_POSITIONS, {"scores-cache", "shift"}, {"prefix", "scores"}, id="center"),
-        pytest.param(KEYS_ONE_OFF_IF_THERE_ARE_OTHERS, DECODING, {"prefix", "scores"}, id="one-off"),
+        pytest.param(KEYS_BEFORE_THE_QUERIES_ONE_OFF, DECODING, {"prefix", "scores"}, id="one-off"),
         pytest.param(KEYS_WITHOUT_DECAY, {"prefix", "scores", *DECODING}, {"shift"}, id="no-decay"),
         pytest.param(RAISES_WITH_MEMS, {"mems"}, set(KEYS) - {"mems"}, id="raises"),
     ],

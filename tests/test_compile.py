@@ -14,12 +14,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
+from x_transformers import Attention
+
 OPTIONS: dict[str, Any] = dict(
     dim=16,
     depth=1,
     heads=2,
     attn_dim_head=8,
-    rotary_emb_dim=8,
+    rotary_emb_dim=6,
     rotary_xpos=True,
     rotary_xpos_scale_base=16,
     verbose=False,
@@ -122,6 +124,7 @@ def chunk(model: Any) -> tuple[Callable, Callable]:
 
 CALLS = {
     "self attention": (self_attention, {}),
+    "all dims rotated": (self_attention, dict(rotary_emb_dim=8)),
     "memory key / values": (self_attention, dict(attn_num_mem_kv=2)),
     "pos": (given_pos, {}),
     "pos of each row": (given_pos_per_row, {}),
@@ -148,6 +151,24 @@ def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, attenti
 
     backend = "aot_eager" if name in WITH_BOTH and attention == "flash" else "eager"
     assert graphs_compiled(function, [arguments(n) for n in LENGTHS], backend) == 1
+
+
+@pytest.mark.parametrize("compiled", ["layers", "what is around them"])
+@torch.no_grad()
+def test_tables_made_and_applied_in_different_modes_give_the_answers_of_eager_mode(compiled):
+    model = model_of(attn_flash=True, attn_num_mem_kv=2)
+    expected = [model(tokens(n, 2, n)) for n in LENGTHS]
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if compiled == "layers":
+        for layer in layers:
+            layer.compile(dynamic=True, backend="aot_eager")
+    else:
+        for layer in layers:
+            layer.forward = torch.compiler.disable(layer.forward)
+        model.compile(dynamic=True, backend="aot_eager")
+
+    for n, logits in zip(LENGTHS, expected):
+        assert_equal_to_rounding(model(tokens(n, 2, n)), logits)
 
 
 @torch.no_grad()

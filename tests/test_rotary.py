@@ -402,7 +402,7 @@ def test_tables_equal_the_formula_to_the_rounding_of_the_dtype(dim, unrotated, d
     pos = torch.arange(past + num_queries)
     k = randn(seed, len(pos), dim + unrotated).to(dtype)
     q = randn(seed + 1, num_queries, dim + unrotated).to(dtype)
-    q_table, k_table, first = to_xpos_tables(*rotary(pos, offset=past, seq_len=num_queries), dim + unrotated)
+    q_table, k_table, first = to_xpos_tables(*rotary(pos, offset=past, seq_len=num_queries))
 
     rotated_q, rotated_k = (apply_xpos(t[None, None], table) for t, table in ((q, q_table), (k, k_table)))
 
@@ -423,39 +423,46 @@ def test_tables_equal_the_formula_to_the_rounding_of_the_dtype(dim, unrotated, d
 @given(dims, seeds, st.integers(1, 9), st.booleans())
 def test_gradients_through_a_table_are_right(dim, seed, seq_len, partial):
     rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=8).double()
-    table, _, _ = to_xpos_tables(*rotary(torch.arange(seq_len), seq_len=seq_len), dim + 4 * partial)
+    table, _, _ = to_xpos_tables(*rotary(torch.arange(seq_len), seq_len=seq_len))
     t = randn(seed, 1, 2, seq_len, dim + 4 * partial).requires_grad_()
 
     assert torch.autograd.gradcheck(apply_xpos, (t, table))
 
 
 @given(dims, st.integers(1, 40), st.integers(0, 40), st.integers(0, 3))
-def test_kept_tables_are_those_of_the_positions(dim, seq_len, past, offset):
+def test_kept_keys_are_those_of_the_positions(dim, seq_len, past, offset):
     rotary = RotaryEmbedding(dim, use_xpos=True)
     pos = torch.arange(offset, offset + past + seq_len)
     stop = seq_len - seq_len // 2
 
-    kept = rotary.kept_xpos_tables(128, stop, dim + 2, rotary.inv_freq)
-    made = to_xpos_tables(*rotary(pos, offset=offset + past, seq_len=seq_len), dim + 2)
+    kept = rotary.kept_xpos_keys(128, stop, dim + 2, rotary.inv_freq)
+    _, made, _ = to_xpos_tables(*rotary(pos, offset=offset + past, seq_len=seq_len))
 
-    for t, expected in zip(kept[:2], made[:2]):
-        assert t.shape[-2] == 128
-        assert torch.equal(t[..., -len(pos) :, :], expected)
-    assert rotary.kept_xpos_tables(128, stop, dim + 2, rotary.inv_freq) is kept
+    assert kept.shape[-2] == 128
+    # and what is not rotated is multiplied by one
+    assert torch.equal(kept[..., -len(pos) :, :], torch.nn.functional.pad(made, (0, 1), value=1.0))
+    assert rotary.kept_xpos_keys(128, stop, dim + 2, rotary.inv_freq) is kept
 
 
-def test_kept_tables_follow_the_module():
-    model = build(dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, verbose=False), 0)
-    x = tokens(0, 1, 9)
-    model(x)
+def test_kept_keys_follow_the_module():
+    def fresh():
+        return build(dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, verbose=False), 0)
+
+    def decode(model, dtype):
+        past = Intermediates(cached_kv=tuple(randn(i, 1, 2, 9, 8).to(dtype) for i in range(2)), layer_type="a")
+        cache = LayerIntermediates(attn_intermediates=[past], cache_length=9)
+        return model(tokens(0, 1, 1), cache=cache, input_not_include_cache=True, return_intermediates=True)[0]
+
+    model = fresh()
+    decode(model, torch.float64)
     model.float()
-    expected = build(dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, verbose=False), 0).float()(x)
+    expected = decode(fresh().float(), torch.float32)
 
-    assert torch.equal(model(x), expected)
+    assert torch.equal(decode(model, torch.float32), expected)
     with torch.inference_mode():
-        assert torch.equal(model(x), expected)
+        assert torch.equal(decode(model, torch.float32), expected)
     # and what was made in inference mode stays there
-    model.requires_grad_(True)(x).sum().backward()
+    decode(model.requires_grad_(True), torch.float32).sum().backward()
 
 
 def test_an_odd_dim_of_a_head_is_refused():

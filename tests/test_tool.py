@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging_support import BACKPORT, patched_tree
 from test_check import run as process
-from torch import nn
+from torch import Tensor, nn
 
 import x_transformers
 from x_transformers import Attention, Decoder, TransformerWrapper
+from x_transformers import x_transformers as upstream
 from x_transformers.x_transformers import RotaryEmbedding
 from x_transformers.xpos import __main__ as command
 from x_transformers.xpos import checkpoint, limits, migration, model_properties, models, user_model
@@ -271,10 +272,10 @@ def silent():
 
 BROKEN = """
 import moves
-from x_transformers.x_transformers import RotaryEmbedding
+from x_transformers import x_transformers
 
 def broken():
-    RotaryEmbedding.kept_xpos_tables = moves.moves
+    x_transformers.to_xpos_tables = moves.moves
     return net()
 """
 
@@ -282,15 +283,15 @@ def broken():
 def test_a_center_that_moves_with_the_length_fails(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = RotaryEmbedding.kept_xpos_tables
+    tables = upstream.to_xpos_tables
 
-    def moves(self: Any, length: int, stop: int, *args: Any) -> Any:
-        q_table, k_table, null_table = kept(self, length, stop, *args)
+    def moves(freqs: Tensor, scale: Tensor) -> Any:
+        q_table, k_table, null_table = tables(freqs, scale)
         # queries are centered on the middle of the text once more, keys are not
         pairs = torch.arange(q_table.shape[-1]) / q_table.shape[-1]
-        return q_table * ((pairs + 0.4) / 1.4) ** (-length / 2 / self.scale_base), k_table, null_table
+        return q_table * ((pairs + 0.4) / 1.4) ** (-q_table.shape[-2] / 2 / 512), k_table, null_table
 
-    monkeypatch.setattr(RotaryEmbedding, "kept_xpos_tables", kept)
+    monkeypatch.setattr(upstream, "to_xpos_tables", tables)
     monkeypatch.setitem(sys.modules, "moves", SimpleNamespace(moves=moves))
     write_models(here, BROKEN)
 
