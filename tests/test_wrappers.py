@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import NUM_TOKENS, build, decoder_options, randomize_, seeds, softmax, splits, tokens
 from test_properties import assert_equal_to_rounding
@@ -49,6 +49,19 @@ few = settings(max_examples=max(settings.default.max_examples // 4, 10))
 prompt_lens = st.integers(1, 8)
 nums_new = st.integers(1, 8)
 depths_from_2 = st.integers(2, 3)
+
+# a decoder with keys that have no position
+MEM_KV: dict[str, Any] = dict(
+    dim=16,
+    depth=1,
+    heads=2,
+    attn_dim_head=8,
+    attn_num_mem_kv=2,
+    rotary_xpos=True,
+    rotary_emb_dim=8,
+    rotary_xpos_scale_base=8,
+    verbose=False,
+)
 
 
 @st.composite
@@ -664,6 +677,8 @@ def test_padding_on_the_right_changes_no_preference(options, seed, seq_len, padd
 
 @few
 @given(mem_kv_options(), seeds, st.lists(st.integers(1, 16), min_size=2, max_size=3))
+# a cut is a threshold, which few changes of the output cross: this one does, with seed 3
+@example(MEM_KV, 3, [16, 3])
 @pytest.mark.regression
 def test_padded_rows_are_cut_where_each_alone_is(options, seed, lens):
     tokenizer = EntropyBasedTokenizer(build(options, seed), entropy_threshold=2.5)
