@@ -1,7 +1,7 @@
 """What xPos costs: prefill, a training step, decoding, the rotation alone and memory, upstream beside the fork.
 
     pip install -c constraints.txt -e ".[test,benchmark]" && pip install --no-deps torchscale==0.3.0
-    python benchmarks/speed.py                           # everything, an hour on two cores
+    python benchmarks/speed.py                           # everything, an hour or two on two cores
     python benchmarks/speed.py decode --contexts 256     # a part of it
     python benchmarks/speed.py --write                   # and put it into benchmarks/README.md
 
@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -128,9 +129,11 @@ Case = tuple[str, ...]
 def interleaved(setup: Setup, calls: Mapping[Case, Callable[[], object]]) -> dict[Case, float]:
     """The median time of each, in seconds.
 
-    Round by round, so that what else the machine does hits all of them. A short one runs once untimed in each round,
-    since what the one before it left in the caches and in the allocator is not its own.
+    Round by round, in an order drawn anew for each, so that what else the machine does hits all of them, and none is
+    always the one after another. A short one runs once untimed in each round, since what the one before it left in the
+    caches and in the allocator is not its own.
     """
+    order = random.Random(0)
     times: dict[Case, list[float]] = {case: [] for case in calls}
 
     def timed(call: Callable[[], object]) -> float:
@@ -144,10 +147,10 @@ def interleaved(setup: Setup, calls: Mapping[Case, Callable[[], object]]) -> dic
     short = {case for case, call in calls.items() if timed(call) < LONG and timed(call) < SHORT}
     started = time.perf_counter()
     while len(times[next(iter(calls))]) < MIN_ROUNDS or time.perf_counter() - started < setup.seconds:
-        for case, call in calls.items():
+        for case in order.sample(list(calls), len(calls)):
             if case in short:
-                call()
-            times[case].append(timed(call))
+                calls[case]()
+            times[case].append(timed(calls[case]))
     return {case: statistics.median(found) for case, found in times.items()}
 
 

@@ -90,6 +90,16 @@ def test_line_is_small_and_touches_one_file(line: Path) -> None:
     assert sum(count for change in changes for count in change.values()) <= MOST_CHANGED_LINES[line.name]
 
 
+def test_pull_request_says_how_many_lines_it_changes() -> None:
+    line = ROOT / "patches" / "2.x"
+    said = re.findall(
+        r"All is in `x_transformers\.py`, (\d+) lines", (line.parent / "README.md").read_text(encoding="utf-8")
+    )
+    assert said == [
+        str(sum(count for patch in PATCHES if patch.parent == line for count in changed_lines(patch).values()))
+    ]
+
+
 @each_patch
 def test_subject_and_reason(patch: Path) -> None:
     subject, reason = message(patch)
