@@ -83,21 +83,21 @@ def test_git_am_gives_what_the_build_gives(
     assert subjects == [message(line / name)[0] for name in patches]
 
 
+def size(line: Path) -> int:
+    """How many lines the series changes, patch by patch."""
+    return sum(sum(changed_lines(patch).values()) for patch in PATCHES if patch.parent == line)
+
+
 @each_line
 def test_line_is_small_and_touches_one_file(line: Path) -> None:
-    changes = [changed_lines(patch) for patch in PATCHES if patch.parent == line]
-    assert {path for change in changes for path in change} <= {ONLY_FILE}
-    assert sum(count for change in changes for count in change.values()) <= MOST_CHANGED_LINES[line.name]
+    assert {path for patch in PATCHES if patch.parent == line for path in changed_lines(patch)} <= {ONLY_FILE}
+    assert size(line) <= MOST_CHANGED_LINES[line.name]
 
 
 def test_pull_request_says_how_many_lines_it_changes() -> None:
-    line = ROOT / "patches" / "2.x"
-    said = re.findall(
-        r"All is in `x_transformers\.py`, (\d+) lines", (line.parent / "README.md").read_text(encoding="utf-8")
-    )
-    assert said == [
-        str(sum(count for patch in PATCHES if patch.parent == line for count in changed_lines(patch).values()))
-    ]
+    text = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"All is in `x_transformers\.py`, (\d+) lines", text)
+    assert said == [str(size(ROOT / "patches" / "2.x"))]
 
 
 @each_patch
