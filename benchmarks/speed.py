@@ -268,14 +268,12 @@ def rotation(setup: Setup, packages: Mapping[str, Package], contexts: Sequence[i
         old, new = packages["upstream"].layers, packages["fork"].layers
         freqs, scale = old.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device).forward_from_seq_len(length)
         rotary = new.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device)
-        tables = new.to_xpos_tables(*rotary.forward_from_seq_len(length))[:2]
-        # ones for what is not rotated: keys of decoding have such a table, all else is padded in each layer
-        of_head = [nn.functional.pad(table, (0, (DIM_HEAD - ROTARY_DIM) // 2), value=1.0) for table in tables]
+        table = new.XPosTable(*rotary.forward_from_seq_len(length)).with_factors(length, DIM_HEAD)
+        q_factor, k_factor = table.factors
         calls: dict[Case, Callable[[], object]] = {
             ("clone of both",): both(torch.clone, (q,), (k,)),
             ("upstream, xPos",): both(old.apply_rotary_pos_emb, (q, freqs, scale), (k, freqs, scale**-1.0)),
-            ("fork, xPos, tables of the head",): both(new.apply_xpos, (q, of_head[0]), (k, of_head[1])),
-            ("fork, xPos, tables of the rotated dims",): both(new.apply_xpos, (q, tables[0]), (k, tables[1])),
+            ("fork, xPos",): both(new.multiply_pairs, (q, q_factor), (k, k_factor)),
         }
         calls.update(others(setup, q, k))
 

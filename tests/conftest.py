@@ -17,6 +17,9 @@ from packaging_support import (
     provenance,
 )
 
+# the models of the tests are so small that more threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # building a model takes longer than Hypothesis expects of an input, and varies with the machine
 common = {
     "deadline": None,

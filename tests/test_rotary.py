@@ -19,9 +19,8 @@ from x_transformers import x_transformers as upstream
 from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates, RotaryEmbedding, apply_rotary_pos_emb
 
-# not in the unpatched release, where the tests of them are not run
-to_xpos_tables = getattr(upstream, "to_xpos_tables", None)
-apply_xpos = getattr(upstream, "apply_xpos", None)
+# not in the unpatched release, where the tests of it are not run
+XPosTable = getattr(upstream, "XPosTable", None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -190,17 +189,26 @@ def test_attention_over_a_cache_of_100_000_equals_the_formula(dtype, seed):
     assert (error.abs() <= bound * dim_head**-0.5 + 2 * half_ulp(dtype) * expected.abs()).all()
 
 
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """How far two angles are apart, whatever multiple of 2 pi is between them."""
+    return ((a - b).double() + torch.pi).remainder(2 * torch.pi) - torch.pi
+
+
 @given(dims, st.integers(1, 100), st.integers(0, 100), st.integers(0, 100), shifts, st.booleans())
 @pytest.mark.regression
-def test_moving_window_and_positions_together_changes_not_one_bit(dim, seq_len, past, offset, shift, double):
+def test_moving_window_and_positions_together_turns_all_angles_by_the_same(dim, seq_len, past, offset, shift, double):
     rotary = RotaryEmbedding(dim, use_xpos=True)
     rotary = rotary.double() if double else rotary
     pos = torch.arange(offset - past, offset + seq_len)
 
-    here = table(rotary, pos, offset, seq_len)
-    there = table(rotary, pos + shift, offset + shift, seq_len)
+    freqs, scale = table(rotary, pos, offset, seq_len)
+    moved_freqs, moved_scale = table(rotary, pos + shift, offset + shift, seq_len)
 
-    assert all(torch.equal(a, b) for a, b in zip(here, there))
+    assert torch.equal(moved_scale, scale)
+    # an angle is a product, rounded in float64, and then, below 2 pi, to a multiple of half an ulp of 4
+    roundings = (shift + 300) * 2 * half_ulp(torch.float64) + 2 * 4 * half_ulp(freqs.dtype)
+    turned = angle_between(moved_freqs, freqs)
+    assert angle_between(turned, turned[:, :1]).abs().max() <= 2 * roundings
 
 
 @given(
@@ -222,8 +230,11 @@ def test_without_a_window_the_center_is_the_middle_of_the_positions(dim, seq_len
     power = (pos - (pos.max() + 1) // 2).double() / scale_base
     each = {"repeats": 2, "dim": -1}
     assert freqs.shape == scale.shape == (1, seq_len, dim)
-    # one rounding to float32
-    torch.testing.assert_close(freqs[0].double(), (pos[:, None] * theta).repeat_interleave(**each), rtol=6e-8, atol=0)
+    # one rounding to float32, of angles below 2 pi
+    angle = (pos[:, None] * theta).repeat_interleave(**each)
+    assert (freqs >= 0).all()
+    assert (freqs <= 2 * torch.pi + 1e-6).all()
+    assert angle_between(freqs[0], angle).abs().max() <= 4 * half_ulp(torch.float32)
     torch.testing.assert_close(
         scale[0].double(), (decay(dim) ** power[:, None]).repeat_interleave(**each), rtol=6e-8, atol=0
     )
@@ -310,8 +321,51 @@ def test_a_module_pickled_by_an_earlier_version_takes_its_buffers():
     expected, actual = (m(pos, offset=0, seq_len=300) for m in (rotary, earlier))
 
     # the buffers hold theta and zeta rounded to float32: relative to angle and to power (up to 300) 6e-8
-    assert (torch.remainder(actual[0] - expected[0] + 1, 2 * torch.pi) - 1).abs().max() < 300 * 1.2e-7
+    assert angle_between(actual[0], expected[0]).abs().max() < 300 * 1.2e-7
     torch.testing.assert_close(actual[1], expected[1], rtol=300 * 1.2e-7, atol=0)
+
+
+@given(dims, st.integers(2, 300), st.floats(0.01, 0.97), st.sampled_from([torch.float32, torch.float64]))
+def test_frequencies_that_are_set_are_those_that_are_used(dim, seq_len, factor, dtype):
+    # a checkpoint of another base, or a context stretched at inference
+    rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=64).to(dtype)
+    pos = torch.arange(seq_len)
+    rotary.inv_freq = rotary.inv_freq * factor
+    rotary.scale.mul_(factor)
+
+    freqs, scale = table(rotary, pos, 0, seq_len)
+
+    angle = pos[:, None] * rotary.inv_freq.double()
+    power = (pos - seq_len // 2).double()[:, None] / 64
+    assert angle_between(freqs[0, :, ::2], angle).abs().max() <= 4 * half_ulp(freqs.dtype) + 300 * 1e-15
+    expected = (rotary.scale.double() ** power).to(dtype)
+    torch.testing.assert_close(scale[0, :, ::2], expected, rtol=1e-12 if dtype is torch.float64 else 2e-7, atol=0)
+
+
+@given(st.integers(3, 45).map(lambda half: 2 * half - 1), st.sampled_from([torch.float32, *DTYPES]))
+def test_an_odd_dim_has_the_frequencies_of_upstream(dim, dtype):
+    rotary = RotaryEmbedding(dim, use_xpos=True)
+    frequencies = 10_000.0 ** -(torch.arange(0, dim, 2).double() / dim)
+    decays = (torch.arange(0, dim, 2).double() / dim + 0.4) / 1.4
+    torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=1e-6, atol=0)
+
+    freqs, scale = table(rotary.to(dtype), torch.arange(2), 0, 1)
+
+    torch.testing.assert_close(freqs[0, 1, ::2].double(), frequencies, rtol=1e-7, atol=0)
+    torch.testing.assert_close(scale[0, 1, ::2].double(), decays ** (1 / 512), rtol=1e-7, atol=0)
+
+
+@given(
+    st.sampled_from([torch.int8, torch.uint8, torch.int16, torch.int32, torch.float16, torch.float32, torch.float64]),
+    st.integers(1, 120),
+    st.booleans(),
+)
+def test_positions_may_have_any_dtype(dtype, seq_len, per_row):
+    model = build(dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, verbose=False), 0).attn_layers
+    x, pos = randn(0, 2, seq_len, 16), torch.arange(seq_len)
+    pos = torch.stack((pos, pos)) if per_row else pos
+
+    assert torch.equal(model(x, pos=pos.to(dtype)), model(x, pos=pos))
 
 
 @given(decoder_options(flash=False), seeds, splits())
@@ -397,19 +451,18 @@ def test_for_default_positions_the_window_is_known_on_the_host(lens):
 
 
 @given(dims, st.sampled_from([0, 2, 8]), dtypes, seeds, st.integers(1, 40), st.integers(0, 60))
-def test_tables_equal_the_formula_to_the_rounding_of_the_dtype(dim, unrotated, dtype, seed, num_queries, past):
+def test_factors_equal_the_formula_to_the_rounding_of_the_dtype(dim, unrotated, dtype, seed, num_queries, past):
     rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=32).to(dtype)
     pos = torch.arange(past + num_queries)
     k = randn(seed, len(pos), dim + unrotated).to(dtype)
     q = randn(seed + 1, num_queries, dim + unrotated).to(dtype)
-    q_table, k_table, first = to_xpos_tables(*rotary(pos, offset=past, seq_len=num_queries))
+    freqs, scale = rotary(torch.cat((pos[:1] * 0, pos)), offset=past, seq_len=num_queries)
+    factors = XPosTable(freqs[:, 1:], scale).with_factors(num_queries, dim + unrotated).factors
 
-    rotated_q, rotated_k = (apply_xpos(t[None, None], table) for t, table in ((q, q_table), (k, k_table)))
+    assert all(upstream.can_multiply_pairs(t[None, None], factor) for t, factor in zip((q, k), factors))
+    rotated_q, rotated_k = (upstream.multiply_pairs(t[None, None], factor) for t, factor in zip((q, k), factors))
 
     assert rotated_q.dtype == rotated_k.dtype == dtype
-    # a product may be fused with a sum or not: by half an ulp of it
-    ulp = torch.finfo(dtype).eps * k.abs().max().item()
-    torch.testing.assert_close(apply_xpos(k[None, None, :1], first), rotated_k[:, :, :1], rtol=0, atol=ulp * 4)
     q_pos = pos[past:]
     error = (rotated_q.double() @ rotated_k.double().mT)[0, 0] - xpos_score(
         q, k, q_pos, pos, scale_base=32, rotated_dim=dim
@@ -421,57 +474,42 @@ def test_tables_equal_the_formula_to_the_rounding_of_the_dtype(dim, unrotated, d
 
 
 @given(dims, seeds, st.integers(1, 9), st.booleans())
-def test_gradients_through_a_table_are_right(dim, seed, seq_len, partial):
+def test_gradients_through_factors_are_right(dim, seed, seq_len, partial):
     rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=8).double()
-    table, _, _ = to_xpos_tables(*rotary(torch.arange(seq_len), seq_len=seq_len))
+    table = XPosTable(*rotary(torch.arange(seq_len), seq_len=seq_len)).with_factors(seq_len, dim + 4 * partial)
     t = randn(seed, 1, 2, seq_len, dim + 4 * partial).requires_grad_()
 
-    assert torch.autograd.gradcheck(apply_xpos, (t, table))
+    assert torch.autograd.gradcheck(upstream.multiply_pairs, (t, table.factors[1]))
 
 
-@given(dims, st.integers(1, 40), st.integers(0, 40), st.integers(0, 3))
-def test_kept_keys_are_those_of_the_positions(dim, seq_len, past, offset):
-    rotary = RotaryEmbedding(dim, use_xpos=True)
-    pos = torch.arange(offset, offset + past + seq_len)
-    stop = seq_len - seq_len // 2
+class Relaid(torch.nn.Module):
+    """The same values in another layout, as a projection of one's own may have."""
 
-    kept = rotary.kept_xpos_keys(128, stop, dim + 2, rotary.inv_freq)
-    _, made, _ = to_xpos_tables(*rotary(pos, offset=offset + past, seq_len=seq_len))
+    def __init__(self, projection: torch.nn.Module, layout: str) -> None:
+        super().__init__()
+        self.projection, self.layout = projection, layout
 
-    assert kept.shape[-2] == 128
-    # and what is not rotated is multiplied by one
-    assert torch.equal(kept[..., -len(pos) :, :], torch.nn.functional.pad(made, (0, 1), value=1.0))
-    assert rotary.kept_xpos_keys(128, stop, dim + 2, rotary.inv_freq) is kept
-
-
-def test_kept_keys_follow_the_module():
-    def fresh():
-        return build(dict(dim=16, depth=1, heads=2, attn_dim_head=8, rotary_xpos=True, verbose=False), 0)
-
-    def decode(model, dtype):
-        past = Intermediates(cached_kv=tuple(randn(i, 1, 2, 9, 8).to(dtype) for i in range(2)), layer_type="a")
-        cache = LayerIntermediates(attn_intermediates=[past], cache_length=9)
-        return model(tokens(0, 1, 1), cache=cache, input_not_include_cache=True, return_intermediates=True)[0]
-
-    model = fresh()
-    decode(model, torch.float64)
-    model.float()
-    expected = decode(fresh().float(), torch.float32)
-
-    assert torch.equal(decode(model, torch.float32), expected)
-    with torch.inference_mode():
-        assert torch.equal(decode(model, torch.float32), expected)
-    # and what was made in inference mode stays there
-    decode(model.requires_grad_(True), torch.float32).sum().backward()
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.projection(x)
+        if self.layout == "odd rows":
+            return torch.nn.functional.pad(t, (0, 1))[..., :-1]
+        if self.layout == "odd offset":
+            return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+        return t.mT.contiguous().mT
 
 
-def test_an_odd_dim_of_a_head_is_refused():
-    options = dict(dim=16, depth=1, heads=2, attn_dim_head=9, rotary_emb_dim=8, verbose=False)
+@given(decoder_options(), seeds, splits(), st.sampled_from(["odd rows", "odd offset", "columns first"]))
+def test_queries_and_keys_may_have_any_layout(options, seed, lens, layout):
+    model, x = build(options, seed), tokens(seed, 2, sum(lens))
+    expected = model(x)
 
-    with pytest.raises(AssertionError, match="even `attn_dim_head`, received 9"):
-        Decoder(**options, rotary_xpos=True)
+    for attention in (m for m in model.modules() if isinstance(m, Attention)):
+        attention.to_q, attention.to_k = (Relaid(t, layout) for t in (attention.to_q, attention.to_k))
 
-    Decoder(**options, rotary_pos_emb=True)
+    _, cache = model(x[:, : lens[0]], return_intermediates=True)
+    torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
+    decoded = model(x, cache=cache, cache_age=sum(lens[1:]))
+    torch.testing.assert_close(decoded, expected[:, lens[0] :], rtol=1e-9, atol=1e-9)
 
 
 def test_the_signature_is_upstreams_with_seq_len_added():

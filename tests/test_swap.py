@@ -12,18 +12,16 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pristine
 import pytest
 import strategies
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from packaging_support import pristine_tree
-from reference import angular_frequency, decay
+from pristine import build_both, pristine_imports, pristine_strategies
 from strategies import decoder_options, seeds, splits, tokens
 from test_properties import assert_equal_to_rounding
 from torch import Tensor
@@ -36,41 +34,14 @@ from x_transformers.xpos.survey import ENTRIES, MEASURES, PLAIN, Entry, Scene
 
 HERE = Path(__file__).parent
 FORK = Path(x_transformers.__file__).parent.parent
-PRISTINE = pristine_tree()
-# the package, and what of the tests builds models of it
-ABOUT_THE_PACKAGE = ("x_transformers", "strategies")
-
-
-@contextmanager
-def pristine_imports() -> Iterator[None]:
-    """While open, `x_transformers` is the unpatched release; what is imported keeps belonging to it."""
-
-    def take() -> dict[str, ModuleType]:
-        names = [name for name in sys.modules if name.partition(".")[0] in ABOUT_THE_PACKAGE]
-        return {name: sys.modules.pop(name) for name in names}
-
-    fork = take()
-    sys.modules.update(PRISTINE_MODULES)
-    sys.path.insert(0, str(PRISTINE))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(PRISTINE))
-        PRISTINE_MODULES.update(take())
-        sys.modules.update(fork)
-
-
-PRISTINE_MODULES: dict[str, ModuleType] = {}
 
 with pristine_imports():
-    import strategies as pristine_strategies
-
     from x_transformers.xpos import survey as pristine_survey
 
 
 def test_they_are_two_packages() -> None:
     assert pristine_strategies.Decoder is not strategies.Decoder
-    assert pristine_strategies.Decoder.forward.__code__.co_filename.startswith(str(PRISTINE))
+    assert pristine_strategies.Decoder.forward.__code__.co_filename.startswith(str(pristine.PRISTINE))
     assert strategies.Decoder.forward.__code__.co_filename.startswith(str(FORK))
     assert "rotary_window" not in inspect.signature(pristine_strategies.Decoder.forward).parameters
 
@@ -164,12 +135,6 @@ def options_without_xpos(draw: st.DrawFn) -> dict[str, Any]:
     return options
 
 
-def build_both(options: dict[str, Any], seed: int, dtype: torch.dtype, **wrapper: Any) -> tuple[Any, Any]:
-    with pristine_imports():
-        expected = pristine_strategies.build(options, seed, dtype, **wrapper)
-    return strategies.build(options, seed, dtype, **wrapper), expected
-
-
 @given(options_without_xpos(), seeds, dtypes, splits())
 def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> None:
     assume(not (options.get("attn_l2_distance") and dtype is torch.bfloat16))  # torch.cdist has none
@@ -177,7 +142,7 @@ def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> No
     outcomes = []
 
     for model, module in zip(
-        build_both(options, seed, dtype, max_mem_len=64), (x_transformers, PRISTINE_MODULES["x_transformers"])
+        build_both(options, seed, dtype, max_mem_len=64), (x_transformers, pristine.MODULES["x_transformers"])
     ):
         wrapper = module.AutoregressiveWrapper(model)
         model.requires_grad_(True)
@@ -205,7 +170,7 @@ def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> No
 @given(st.one_of(decoder_options(), options_without_xpos()), seeds, dtypes)
 def test_state_dicts_are_the_same_and_load_both_ways(options, seed, dtype) -> None:
     assume(not (options.get("attn_l2_distance") and dtype is torch.bfloat16))  # torch.cdist has none
-    ours, theirs = build_both(options, seed, dtype)
+    ours, theirs = build_both(options, seed, dtype, exact=False)
     state, expected = ours.state_dict(), theirs.state_dict()
 
     assert list(state) == list(expected)
@@ -213,7 +178,7 @@ def test_state_dicts_are_the_same_and_load_both_ways(options, seed, dtype) -> No
         assert_same_bits(value, expected[name])
     assert [name for name, _ in ours.named_buffers()] == [name for name, _ in theirs.named_buffers()]
 
-    other, other_theirs = build_both(options, seed + 1, dtype)
+    other, other_theirs = build_both(options, seed + 1, dtype, exact=False)
     other.load_state_dict(expected, strict=True)
     other_theirs.load_state_dict(state, strict=True)
     x = tokens(seed, 1, 9)
@@ -268,7 +233,9 @@ def in_tree(tree: Path, script: str, directory: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(FORK, PRISTINE), (PRISTINE, FORK)], ids=["fork", "upstream"])
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), [(FORK, pristine.PRISTINE), (pristine.PRISTINE, FORK)], ids=["fork", "upstream"]
+)
 def test_saved_models_load_in_the_other(saved_by: Path, loaded_by: Path, tmp_path: Path) -> None:
     in_tree(saved_by, SAVE, tmp_path)
     where, *rows = in_tree(loaded_by, LOAD, tmp_path).splitlines()
@@ -285,19 +252,9 @@ def test_saved_models_load_in_the_other(saved_by: Path, loaded_by: Path, tmp_pat
 # with xPos, what upstream gets right is the same to rounding
 
 
-@torch.no_grad()
-def hold_exact_buffers_(model: Module, options: dict[str, Any]) -> None:
-    """Upstream's buffers are rounded to float32 whatever the model's dtype: here they hold what they stand for."""
-    rotary = model.attn_layers.rotary_pos_emb
-    dim, rescale = options["rotary_emb_dim"], options["rotary_base_rescale_factor"]
-    rotary.inv_freq = angular_frequency(dim, 10_000.0 * rescale ** (dim / (dim - 2)))
-    rotary.scale = decay(dim)
-
-
 @given(decoder_options(), seeds, splits())
 def test_with_xpos_plain_self_attention_agrees_to_rounding(options, seed, lens) -> None:
-    ours, theirs = build_both(options, seed, torch.float64, max_mem_len=64)
-    hold_exact_buffers_(theirs, options)
+    ours, theirs = build_both(options, seed, max_mem_len=64)
     x = tokens(seed, 2, sum(lens))
 
     assert_equal_to_rounding(ours(x), theirs(x))
@@ -315,8 +272,7 @@ def test_with_xpos_plain_self_attention_agrees_to_rounding(options, seed, lens) 
 @given(decoder_options(), seeds, st.integers(2, 30))
 def test_with_xpos_gradients_of_plain_self_attention_agree_to_rounding(options, seed, seq_len) -> None:
     x, grads = tokens(seed, 2, seq_len), []
-    both = build_both(options, seed, torch.float64)
-    hold_exact_buffers_(both[1], options)
+    both = build_both(options, seed)
 
     for model in both:
         model.requires_grad_(True)
@@ -324,6 +280,145 @@ def test_with_xpos_gradients_of_plain_self_attention_agree_to_rounding(options, 
         grads.append([param.grad for param in model.parameters() if param.grad is not None])
 
     for actual, expected in zip(*grads, strict=True):
+        assert_equal_to_rounding(actual, expected)
+
+
+@given(
+    decoder_options(), seeds, st.integers(2, 30), st.sampled_from([2.0, 0.5]), st.sampled_from([1.0, 3.0]), st.data()
+)
+def test_what_is_set_on_a_built_model_is_what_it_answers_by(options, seed, seq_len, factor, interpolation, data):
+    x, found = tokens(seed, 2, seq_len), []
+    names = data.draw(st.sets(st.sampled_from(["scale_base", "inv_freq", "scale", "interpolation_factor"]), min_size=1))
+
+    models = build_both(options, seed)
+    exact = models[1].attn_layers.rotary_pos_emb
+    frequencies, decays = exact.inv_freq.clone(), exact.scale.clone()
+
+    for model in models:
+        rotary = model.attn_layers.rotary_pos_emb
+        _, cache = model(x[:, :-1], return_intermediates=True)
+        model(x, cache=cache)
+        if "scale_base" in names:
+            rotary.scale_base *= factor
+        if "inv_freq" in names:
+            rotary.inv_freq.copy_(factor * frequencies)
+        if "scale" in names:
+            rotary.scale = 0.75 * decays
+        if "interpolation_factor" in names:
+            rotary.interpolation_factor = 3.0
+        _, cache = model(x[:, :-1], return_intermediates=True)
+        found.append((model(x), model(x, cache=cache)))
+
+    for actual, expected in zip(*found):
+        assert_equal_to_rounding(actual, expected)
+    assert_equal_to_rounding(found[0][1], found[0][0][:, -1:])
+
+
+class OtherRotary(Module):
+    """Positional embeddings of one's own, in place of upstream's: it takes what upstream passes, and no more."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale, self.dim = 0.25, dim
+
+    def forward(self, t: Tensor) -> tuple[Tensor, float]:
+        return t[None, :, None] * torch.linspace(0, 1, self.dim // 2).repeat_interleave(2).double(), 1.0
+
+
+@given(decoder_options(), seeds, splits(), st.booleans())
+def test_a_rotary_embedding_of_ones_own_is_called_as_upstream_calls_it(options, seed, lens, xpos):
+    x, found = tokens(seed, 2, sum(lens)), []
+    if not xpos:
+        options = {**options, "rotary_xpos": False, "rotary_pos_emb": True}
+
+    for model in build_both(options, seed):
+        model.attn_layers.rotary_pos_emb = OtherRotary(options["rotary_emb_dim"])
+        _, cache = model(x[:, : lens[0]], return_intermediates=True)
+        found.append((model(x), model(x, cache=cache, cache_age=sum(lens[1:]))))
+
+    for actual, expected in zip(*found):
+        assert_equal_to_rounding(actual, expected)
+
+
+class OtherAttention(Module):
+    """An attention of one's own around upstream's, with the tables that it is given in plain operations."""
+
+    def __init__(self, attention: Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
+        freqs, scale = rotary_pos_emb
+        assert freqs.is_floating_point()
+        assert scale.is_floating_point()
+        return self.attention(x, rotary_pos_emb=(freqs.clone(), scale.clone()), **kwargs)
+
+
+@given(decoder_options(), st.integers(0, 2), seeds, splits())
+def test_a_layer_of_ones_own_is_given_angles_and_scales(options, num_mem_kv, seed, lens):
+    model, x = strategies.build({**options, "attn_num_mem_kv": num_mem_kv}, seed), tokens(seed, 2, sum(lens))
+    expected = model(x)
+
+    for layer in model.attn_layers.layers:
+        if isinstance(layer[1], x_transformers.Attention):
+            layer[1] = OtherAttention(layer[1])
+    _, cache = model(x[:, : lens[0]], return_intermediates=True)
+
+    assert_equal_to_rounding(model(x), expected)
+    assert_equal_to_rounding(model(x, cache=cache, cache_age=sum(lens[1:])), expected[:, lens[0] :])
+
+
+@given(st.sampled_from([3, 8, 33, 64]), seeds, st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_a_rotary_embedding_on_its_own_means_what_it_means_upstream(dim, seed, num_queries, num_keys, one_table):
+    """One table for the queries and one for the keys, or one for both."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, 1, n, 66, generator=generator, dtype=torch.float64) for n in (num_queries, num_keys))
+    scores = []
+
+    for module in (x_transformers.x_transformers, pristine.MODULES["x_transformers.x_transformers"]):
+        rotary = module.RotaryEmbedding(dim, use_xpos=True).double()
+        ratio = torch.arange(0, dim, 2).double() / dim
+        rotary.inv_freq, rotary.scale = 10_000.0**-ratio, (ratio + 0.4) / 1.4
+        (q_freqs, q_scale), (k_freqs, k_scale) = (
+            rotary.forward_from_seq_len(max(num_queries, num_keys) if one_table else n) for n in (num_queries, num_keys)
+        )
+        rotate = module.apply_rotary_pos_emb
+        scores.append(rotate(q, q_freqs, q_scale) @ rotate(k, k_freqs, k_scale**-1).mT)
+
+    assert_equal_to_rounding(*scores)
+
+
+@given(st.sampled_from([5, 8]), seeds, st.integers(1, 20), st.integers(1, 3), st.booleans())
+def test_an_attention_on_its_own_takes_a_table(dim_head, seed, seq_len, num_mem_kv, per_head):
+    # the first position is 0, so that is where upstream's own memory keys would be, were they scaled
+    torch.manual_seed(seed)
+    options = dict(dim_head=dim_head, num_mem_kv=num_mem_kv, custom_attn_fn=strategies.softmax)
+    attention = x_transformers.Attention(16, heads=2, causal=True, **options).double()
+    rotary = RotaryEmbedding(4, use_xpos=True, scale_base=8).double()
+    x = torch.randn(2, seq_len, 16, dtype=torch.float64)
+
+    full = attention(x, rotary_pos_emb=rotary.forward_from_seq_len(seq_len))
+    freqs, scale = rotary.forward_from_seq_len(seq_len)
+    longer = torch.cat((x, x), dim=1)
+
+    prefix = attention(longer, rotary_pos_emb=rotary.forward_from_seq_len(2 * seq_len))[:, :seq_len]
+    assert_equal_to_rounding(prefix, full)
+    if per_head:
+        assert_equal_to_rounding(attention(x, rotary_pos_emb=(freqs[:, None], scale[:, None])), full)
+
+
+@pytest.mark.parametrize(("dim_head", "rotary_emb_dim"), [(9, 8), (70, None), (35, 32), (16, 7), (66, None)])
+@torch.no_grad()
+def test_odd_dims_agree_with_upstream_to_rounding(dim_head, rotary_emb_dim):
+    options = dict(dim=16, depth=2, heads=2, attn_dim_head=dim_head, rotary_xpos=True, rotary_xpos_scale_base=32)
+    options.update(verbose=False, **({} if rotary_emb_dim is None else dict(rotary_emb_dim=rotary_emb_dim)))
+    x, found = tokens(0, 2, 30), []
+
+    for model in build_both(options, 0):
+        _, cache = model(x[:, :20], return_intermediates=True)
+        found.append((model(x), model(x, cache=cache, cache_age=10)))
+
+    for actual, expected in zip(*found):
         assert_equal_to_rounding(actual, expected)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from x_transformers import Attention, Decoder
-from x_transformers.x_transformers import RotaryEmbedding
 
 from . import formula, models
 from .subject import MIN_LEN, Point, Subject, deviation, move, prefill, score_error, score_tolerance
@@ -136,7 +135,7 @@ def scores_across_shards(subject: Subject) -> Iterator[Point]:
 
 def table_passed_in(subject: Subject) -> Iterator[Point]:
     """A token decoded with a table of rotary embeddings for all that is in the cache equals one call for all."""
-    table_of: Any = next(module for module in subject.net.modules() if isinstance(module, RotaryEmbedding))
+    table_of = models.rotary_of(subject.net)
     for length in [length for length in subject.lengths if length > 1]:
         tokens = subject.tokens[:, :length]
         _, cache = subject.net(tokens[:, :-1], return_intermediates=True)
@@ -146,14 +145,15 @@ def table_passed_in(subject: Subject) -> Iterator[Point]:
 
 
 def up_to_the_limit(subject: Subject) -> Iterator[Point]:
-    """As many queries in one call as the dtype can represent equal a third of them at a time, and one more raises."""
+    """As many queries at once as the dtype has room for equal a third of them at a time; above the limit it raises."""
     # a scale base for which the limit is about half of the text
     at_default = models.longest_window(subject.dtype)
     scale_base = formula.SCALE_BASE * subject.max_len / 2 / at_default
-    limit = models.longest_window(subject.dtype, scale_base)
+    fitting = models.longest_window(subject.dtype, scale_base)
     net = subject.model(rotary_xpos_scale_base=scale_base)
-    tokens = subject.tokens[:, :limit]
-    yield Point(limit, deviation(net(tokens), prefill(net, tokens, limit // 3)), f"scale base {scale_base:.3g}")
+    tokens = subject.tokens[:, :fitting]
+    yield Point(fitting, deviation(net(tokens), prefill(net, tokens, fitting // 3)), f"scale base {scale_base:.3g}")
+    limit = models.limit_of(models.rotary_of(net), subject.dtype, masked=False)
     try:
         net(subject.tokens[:, : limit + 1])
     except ValueError:

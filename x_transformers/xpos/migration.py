@@ -156,7 +156,7 @@ def _compare(
         extra = old.positions(1) - 1
         rotary: Any = old.layers.rotary_pos_emb
         # one position more is that of the memory keys
-        room = models.longest_window_of(rotary, torch.float64, masked=True) - 1
+        room = models.longest_window(torch.float64, rotary.scale_base, masked=True) - 1
         positions = min(length, LONGEST_COMPARED, room, (old.max_seq_len or length) + extra)
         if positions <= extra:
             raise CheckpointError(f"argument --length: {length} positions are no more than the {extra} memory tokens")

@@ -7,7 +7,7 @@ part of the package's `RotaryEmbedding`, a fault there cannot widen its own tole
 compared with itself in float64; and since it has positions, attention is about as sharp as it was trained to be, as it
 is not without. A float64 model has nothing to be compared with, so there the error of its float32 copy is scaled by the
 ratio of the unit roundoffs, unless attention is not flash: its softmax works in float32 whatever the model's dtype. A
-shift of all positions changes nothing, so its tolerance is exactly 0.
+shift of all positions changes rounding alone, and has the same tolerance.
 
 Not every model has every property: with some options a decoder lacks one whatever its positions are, as a shift where
 memory keys stay at position 0. So where one does not hold, the model with plain rotary is asked as well, and where that
@@ -39,7 +39,7 @@ _ROWS = 3
 def longest(net: Net) -> tuple[int, str]:
     """The longest text that all properties can be run on, and what limits it."""
     rotary: Any = net.layers.rotary_pos_emb
-    in_dtype = models.longest_window_of(rotary, net.dtype, masked=True)
+    in_dtype = models.longest_window(net.dtype, rotary.scale_base, masked=True)
     # memory tokens have positions of their own
     fitting = in_dtype
     while fitting > 0 and net.positions(fitting) > in_dtype:
@@ -288,7 +288,7 @@ def segments_with_mems(subject: ModelSubject) -> Iterator[Point]:
 
 
 def shift_invariance(subject: ModelSubject) -> Iterator[Point]:
-    """A constant added to all positions changes nothing, not a bit: of a whole call, and one for each row."""
+    """A constant added to all positions changes rounding alone: of a whole call, and one for each row."""
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
         inputs = subject.inputs.part(0, length)
         positions = torch.arange(subject.net.positions(length), device=subject.net.device)
@@ -305,30 +305,28 @@ def shift_invariance(subject: ModelSubject) -> Iterator[Point]:
 
 
 def up_to_the_limit(subject: ModelSubject) -> Iterator[Point]:
-    """As many queries in one call as the dtype can represent are finite, and one more raises.
+    """As many queries in one call as the dtype has room for are finite, and more than the limit raise.
 
     On a copy with a scale base for which the limit is below the length of the text: at the model's own it may be tens
-    of thousands. Where parts through the KV cache can equal one call, they must at the limit as well.
+    of thousands. Where parts through the KV cache can equal one call, they must there as well.
     """
     net = Net(duplicate(subject.net.module))
     rotary: Any = net.layers.rotary_pos_emb
     wanted = net.positions(subject.max_len - 1)
-    rotary.scale_base *= wanted / models.longest_window_of(rotary, net.dtype, masked=False)
-    # what applies depends on whether flash attention can skip the keys ahead
-    limits = [models.longest_window_of(rotary, net.dtype, masked=masked) for masked in (False, True)]
-    fitting = [max(n for n in range(subject.max_len) if net.positions(n) <= limit) for limit in limits]
+    rotary.scale_base *= wanted / models.limit_of(rotary, net.dtype, masked=False)
     note = f"scale base {rotary.scale_base:.3g}"
 
-    limit = fitting[0]
-    try:
-        out = net(subject.inputs.part(0, limit))[0]
-    except ValueError:
-        limit = fitting[1]
-        out = net(subject.inputs.part(0, limit))[0]
+    def longest(positions: int) -> int:
+        return max(n for n in range(subject.max_len) if net.positions(n) <= positions)
+
+    fitting = longest(models.longest_window(net.dtype, rotary.scale_base, masked=True))
+    out = net(subject.inputs.part(0, fitting))[0]
     expected = out
-    if net.can_cache and _holds_in_chunks(subject, limit):
-        expected = prefill(net, subject.inputs.part(0, limit), max(1, limit // 3))
-    yield Point(limit, deviation(out, expected), note)
+    if net.can_cache and _holds_in_chunks(subject, fitting):
+        expected = prefill(net, subject.inputs.part(0, fitting), max(1, fitting // 3))
+    yield Point(fitting, deviation(out, expected), note)
+
+    limit = longest(models.limit_of(rotary, net.dtype, masked=False))
     try:
         net(subject.inputs.part(0, limit + 1))
     except ValueError:
@@ -389,6 +387,11 @@ def _of_rows(subject: ModelSubject) -> float:
     return max(subject.of_calls, subject.logit_factor * alone)
 
 
+def _of_shift(subject: ModelSubject) -> float:
+    # in float64 alone an angle has no more digits than the model, and loses them with the size of the position
+    return subject.of_calls * (max(SHIFTS) / subject.max_len if subject.net.dtype is torch.float64 else 1)
+
+
 def _of_chunks_if_any(subject: ModelSubject) -> float:
     return subject.of_chunks if subject.net.can_cache else subject.of_calls
 
@@ -422,7 +425,7 @@ PROPERTIES = (
     ),
     ModelProperty("chunked", "chunked prefill", chunked_prefill, lambda subject: subject.of_chunks, _no_cache),
     ModelProperty("mems", "segments with mems", segments_with_mems, _of_segments, _no_mems),
-    ModelProperty("shift", "shift of positions", shift_invariance, lambda _subject: 0.0, _no_positions),
+    ModelProperty("shift", "shift of positions", shift_invariance, _of_shift, _no_positions),
     ModelProperty("range", "up to the limit", up_to_the_limit, _of_chunks_if_any, asks_twin=False),
 )
 
@@ -458,9 +461,7 @@ def _judge(
 def _reason_of_twin(prop: ModelProperty, subject: ModelSubject, result: Result) -> str:
     """Why it is no fault of xPos that the property does not hold, empty if it is one."""
     try:
-        # plain rotary rounds angles by the size of the position
-        shifted = max(SHIFTS) / subject.max_len if subject.net.dtype is torch.float64 else 1
-        tolerance = max(prop.tolerance(subject), subject.of_calls * shifted)
+        tolerance = prop.tolerance(subject)
     except Exception as error:
         return f"with plain rotary it cannot be run with this model either: {_first_line(error)}"
     of_twin = _judge(prop, subject.plain, lambda _subject: tolerance, lambda _name, _step: None)

@@ -88,27 +88,31 @@ def reference_device(device: torch.device) -> torch.device:
 
 
 def longest_window(dtype: torch.dtype, scale_base: float = formula.SCALE_BASE, *, masked: bool = False) -> int:
-    """How many queries fit into one call before the decay, split between q and k, leaves the range of `dtype`.
+    """How many queries fit into one call with room for elements of up to 64, when the decay is split between q and k.
 
-    `masked` says that the scores with keys ahead have to be finite as well, in float32 or wider, as they have for a
-    mask or positions of one's own.
-
-    Where the package does not say, as in the line 1.27.x, the same is computed here, always as if masked: the center
-    is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (window / 2 / S), and their scores by
-    its square, which leaves room for elements of up to 64.
+    The center is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (window // 2 / S). `masked`
+    says that the scores with keys ahead, which are scaled by its square, have to be finite as well.
     """
-    rotary = RotaryEmbedding(ROTARY_DIM, use_xpos=True, scale_base=scale_base)
-    return longest_window_of(rotary, dtype, masked=masked)
+    return _window(dtype, scale_base, masked=masked, room=_ROOM)
 
 
-def longest_window_of(rotary: Any, dtype: torch.dtype, *, masked: bool, score_dtype: torch.dtype | None = None) -> int:
-    """`longest_window` of a `RotaryEmbedding` with xPos; `score_dtype` is what masked scores are in if not as above."""
-    score_dtype = score_dtype or torch.promote_types(dtype, torch.float32)
+def rotary_of(net: nn.Module) -> Any:
+    return next(module for module in net.modules() if isinstance(module, RotaryEmbedding))
+
+
+def limit_of(rotary: Any, dtype: torch.dtype, *, masked: bool) -> int:
+    """How many queries in one call are not refused: with room for elements of 1, as some parameters make them."""
     if hasattr(rotary, "max_seq_len"):
-        return int(rotary.max_seq_len(dtype, score_dtype) if masked else rotary.max_seq_len(dtype))
-    largest = min(torch.finfo(dtype).max, math.sqrt(torch.finfo(score_dtype).max))
-    growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / rotary.scale_base
-    return int(2 * math.log(largest / _ROOM) / growth)
+        return int(rotary.max_seq_len(dtype, is_masked=masked))
+    return _window(dtype, rotary.scale_base, masked=masked, room=1)
+
+
+def _window(dtype: torch.dtype, scale_base: float, *, masked: bool, room: float) -> int:
+    largest = torch.finfo(dtype).max / room
+    if masked:
+        largest = min(largest, math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max) / room)
+    growth = -math.log(float(formula.decays(ROTARY_DIM)[0])) / scale_base
+    return 2 * int(math.log(largest) / growth) + 1
 
 
 def random_cache(length: int, depth: int, device: torch.device, dtype: torch.dtype) -> LayerIntermediates:

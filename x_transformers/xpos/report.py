@@ -127,8 +127,8 @@ def _explanations(report: Report) -> list[str]:
     if report.tested:
         forced = f"the error that {dtype} forces on the same model with plain rotary, run the same way"
         reason = reason.replace("each rounds q and k once more", "with xPos other keys weigh most")
-        return [f"Tolerance: {factor} times {forced}: {reason}. Of a shift: none."]
-    return [f"Tolerance of logits: {factor} times {forced}: {reason}.", f"Of scores: {scores}. Of a shift: none."]
+        return [f"Tolerance: {factor} times {forced}: {reason}."]
+    return [f"Tolerance of logits: {factor} times {forced}: {reason}.", f"Of scores: {scores}."]
 
 
 def conclusion(report: Report) -> str:

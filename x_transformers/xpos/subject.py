@@ -9,7 +9,7 @@ Tolerances follow from the dtype, in the way the flash-attention authors judge t
   nothing to be compared with, so there the error of its float32 copy is scaled by the ratio of the unit roundoffs; and
   no wider type to compute its angles in, which makes the one rounding more as large as `angle_error`.
 - Scores: `score_tolerance`, from the unit roundoff alone.
-- A shift of all positions changes nothing, so its tolerance is exactly 0.
+- A shift of all positions changes rounding alone: the tolerance of logits.
 """
 
 from __future__ import annotations
@@ -152,11 +152,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def angle_error(length: int) -> float:
-    """Bound on the error of a float64 angle, in unit roundoffs, of a position up to `length` / 2 from the center.
+    """Bound on the error of a float64 angle, in unit roundoffs, of a position up to `length`.
 
-    The frequency (at most 1) is off by 2, the product by 1, the wrapping into 0 to 2 pi by 1, all times the distance.
+    The frequency (at most 1) is off by 2, the product by 1, the wrapping into 0 to 2 pi by 1, all times the position.
     """
-    return 4 * length / 2
+    return 4 * length
 
 
 def score_tolerance(dtype: torch.dtype, length: int, dim_head: int = models.DIM_HEAD) -> float:

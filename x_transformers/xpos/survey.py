@@ -342,8 +342,10 @@ def _rotary_table(model: Any, scene: Scene) -> dict[str, Any]:
 
 
 def _window(_model: nn.Module, scene: Scene) -> dict[str, Any]:
-    start = 0 if scene.shift is None else scene.shift
+    if scene.shift is not None and scene.shift.numel() > 1:  # rows that far apart have no window in common
+        return {}
     # each shard has the window of the whole sequence
+    start = 0 if scene.shift is None else int(scene.shift)
     return {"rotary_window": (start, _LENGTH + scene.pad)}
 
 
@@ -771,7 +773,7 @@ def _entries() -> Iterator[Entry]:
             calls=(_rotary_table,),
             needs=_CROSS,
             needs_calls=_CROSS_CALLS,
-            refused="needs `pos` to be passed in rather than `rotary_pos_emb`",
+            refused="`context_pos` and `rotary_window` need `pos` instead of `rotary_pos_emb`",
         ),
     )
     yield _call("polar_pos_emb", reason="of polar_pos_emb")
@@ -815,7 +817,7 @@ def _entries() -> Iterator[Entry]:
     yield _call(
         "causal",
         Setting("True", calls=(_Constant(causal=True),), inert="a decoder is causal"),
-        Setting("False", calls=(_Constant(causal=False),), refused="`causal` cannot be set to False"),
+        Setting("False", calls=(_Constant(causal=False),), refused="`causal = False`"),
     )
     yield _call("transform_block_inputs", Setting("callable", calls=(_Constant(transform_block_inputs=_transform),)))
     yield _call("rotary_window", Setting("all", calls=(_window,), inert="it only moves the center"), added=True)
@@ -1130,17 +1132,15 @@ class Measured:
         return self.deviation is not None and self.deviation <= self.tolerance
 
 
-def _tolerance(run: Run, name: str, *, xpos: bool) -> float:
+def _tolerance(run: Run, name: str) -> float:
     """What rounding explains, in the units of the output.
 
     An output is the end of some 2 ** 10 dependent roundings (norms, projections, scores and a softmax, in two or three
     layers), and scores of up to 2 ** 6 turn an error of theirs into a relative one of the weights: 2 ** 16 half ulps
     of the largest output. Where one step works in float32, some 2 ** 4 roundings are of that size: 2 ** 10 of its half
-    ulps. Plain rotary rounds an angle relative to the position, so positions passed in add their size in place of the
-    2 ** 10. xPos takes positions relative to the queries, so that with these shifted it does the very same arithmetic.
+    ulps. An angle is rounded relative to the position, so positions passed in add their size to the
+    2 ** 10.
     """
-    if xpos and name in ("shift", "rowpos"):
-        return 0.0
     roundings = {"shift": max(map(abs, _SHIFTS)), "rowpos": max(_ROW_SHIFTS)}.get(name, 0) + 2**10
     ulps = roundings * 2**6 * torch.finfo(torch.float64).eps / 2
     if run.setting.float32:
@@ -1148,8 +1148,8 @@ def _tolerance(run: Run, name: str, *, xpos: bool) -> float:
     return ulps * max(1.0, float(run.full.abs().max()))
 
 
-def _measure(run: Run, name: str, *, xpos: bool) -> Measured:
-    worst, tolerance = 0.0, _tolerance(run, name, xpos=xpos)
+def _measure(run: Run, name: str) -> Measured:
+    worst, tolerance = 0.0, _tolerance(run, name)
     try:
         for actual, expected in MEASURES[name](run):
             if actual.shape != expected.shape:
@@ -1213,12 +1213,12 @@ def examine(setting: Setting, option: str = "", *, effect: bool = False) -> Row:
         return Row(option, setting.label, PLAIN_FAILS, note=_message(error))
     has_context = any(call in setting.all_calls for call in _CONTEXTS)
     names = [name for name in PROPERTIES if name != "context" or has_context]
-    of_plain = {name: _measure(plain, name, xpos=False) for name in names}
+    of_plain = {name: _measure(plain, name) for name in names}
     try:
         xpos = Run(setting, XPOS)
     except Exception as error:
         return Row(option, setting.label, BROKEN, of_plain, note=_message(error))
-    of_xpos = {name: _measure(xpos, name, xpos=True) for name in names if of_plain[name].holds}
+    of_xpos = {name: _measure(xpos, name) for name in names if of_plain[name].holds}
 
     notes = [
         f"{name}: {measured.error or f'{measured.deviation:.1e} apart'}"
@@ -1245,7 +1245,7 @@ def _has_effect(setting: Setting, run: Run) -> bool:
         return True
     if without.full.shape != run.full.shape:
         return True
-    return not bool(((without.full - run.full).abs() <= _tolerance(run, "", xpos=True)).all())
+    return not bool(((without.full - run.full).abs() <= _tolerance(run, "")).all())
 
 
 def _refusal(setting: Setting, option: str) -> Row:
