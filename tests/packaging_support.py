@@ -95,24 +95,32 @@ def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], u
     return out / result.stdout.splitlines()[-1]
 
 
+# how many patches at the end of the default line's series are about speed; those before them stand without them
+SPEED_PATCHES = 2
+
+
 def pristine_tree(line: Path = LINE) -> Path:
     """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path."""
-    return _built_tree(line, pristine=True)
+    return _built_tree(line, ())
 
 
-def patched_tree(line: Path) -> Path:
+def fixes_tree() -> Path:
+    """The same with the default line's fixes, and nothing of its speed."""
+    return _built_tree(LINE, provenance.read_series(ROOT / LINE)[:-SPEED_PATCHES])
+
+
+def patched_tree(line: Path = LINE) -> Path:
     """The same with the patches of the line: its package, for tests to run on."""
-    return _built_tree(line, pristine=False)
+    return _built_tree(line, provenance.read_series(ROOT / line))
 
 
-def _built_tree(line: Path, *, pristine: bool) -> Path:
-    """What the hook builds, from an empty series if `pristine`; in pytest's cache until one of its inputs changes."""
+def _built_tree(line: Path, series: Sequence[str]) -> Path:
+    """What the hook builds from these patches of a line; in pytest's cache until one of its inputs changes."""
+    patches = {name: (ROOT / line / name).read_bytes() for name in series}
     inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]
     inputs += sorted((ROOT / "x_transformers" / "xpos").glob("*.py"))
-    if not pristine:
-        inputs += [ROOT / line / name for name in ("series", *provenance.read_series(ROOT / line))]
-    key = provenance.sha256(b"".join(path.read_bytes() for path in inputs))[:16]
-    cache = ROOT / ".pytest_cache" / f"{line.name}-{'pristine' if pristine else 'patched'}"
+    key = provenance.sha256(b"".join([*(path.read_bytes() for path in inputs), *patches.values()]))[:16]
+    cache = ROOT / ".pytest_cache" / f"{line.name}-{len(series)}"
     tree = cache / key
     if tree.is_dir():
         return tree
@@ -120,8 +128,7 @@ def _built_tree(line: Path, *, pristine: bool) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         project = copy_project(Path(temporary, "project"))
-        if pristine:
-            set_series(project, {}, line=line)
+        set_series(project, patches, line=line)
         wheel = build("build_wheel", package_root(project, line), Path(temporary, "wheel"), os.environ)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(temporary, "tree"))

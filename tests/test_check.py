@@ -356,16 +356,10 @@ def append(copy: Path, code: str) -> None:
 
 
 CENTER_OF_ALL_POSITIONS = """
-_with_window, _kept = RotaryEmbedding.forward, RotaryEmbedding.kept_xpos_keys
+_with_window = RotaryEmbedding.forward
 def _without_window(self, t, offset = 0, seq_len = None):
     return _with_window(self, t)
-def _centered_on_all(self, length, *args):
-    ratio = arange(self.inv_freq.shape[0]) / self.inv_freq.shape[0]
-    away = ((ratio + 0.4) / 1.4) ** (length / 2 / self.scale_base)
-    k_table = _kept(self, length, *args)
-    away = F.pad(away, (0, k_table.shape[-1] - len(away)), value = 1.)
-    return k_table / away * away
-RotaryEmbedding.forward, RotaryEmbedding.kept_xpos_keys = _without_window, _centered_on_all
+RotaryEmbedding.forward = _without_window
 """
 
 KEYS_BEFORE_THE_QUERIES_ONE_OFF = """
@@ -376,11 +370,13 @@ RotaryEmbedding.forward = _one_off
 """
 
 KEYS_WITHOUT_DECAY = """
-_tables = to_xpos_tables
-def to_xpos_tables(*args):
-    q_table, k_table, _ = _tables(*args)
-    k_table = k_table / k_table.abs()
-    return q_table, k_table, k_table[:, :, :1]
+_with_factors = XPosTable.with_factors
+def _without_decay(self, *args):
+    table = _with_factors(self, *args)
+    q_factor, k_factor = table.factors
+    table.factors = (q_factor, k_factor / k_factor.abs())
+    return table
+XPosTable.with_factors = _without_decay
 """
 
 RAISES_WITH_MEMS = """
@@ -397,7 +393,7 @@ DECODING = {"cached-whole", "cached-new", "chunked", "mems", "scores-cache"}
 @pytest.mark.parametrize(
     ("code", "must_fail", "must_pass"),
     [
-        pytest.param(CENTER_OF_ALL_POSITIONS, {"scores-cache", "shift"}, {"prefix", "scores"}, id="center"),
+        pytest.param(CENTER_OF_ALL_POSITIONS, {"scores-cache"}, {"prefix", "scores"}, id="center"),
         pytest.param(KEYS_BEFORE_THE_QUERIES_ONE_OFF, DECODING, {"prefix", "scores"}, id="one-off"),
         pytest.param(KEYS_WITHOUT_DECAY, {"prefix", "scores", *DECODING}, {"shift"}, id="no-decay"),
         pytest.param(RAISES_WITH_MEMS, {"mems"}, set(KEYS) - {"mems"}, id="raises"),

@@ -19,12 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging_support import BACKPORT, patched_tree
 from test_check import run as process
-from torch import Tensor, nn
+from torch import nn
 
 import x_transformers
 from x_transformers import Attention, Decoder, TransformerWrapper
 from x_transformers import x_transformers as upstream
-from x_transformers.x_transformers import RotaryEmbedding
 from x_transformers.xpos import __main__ as command
 from x_transformers.xpos import checkpoint, limits, migration, model_properties, models, user_model
 from x_transformers.xpos.migrate import folds
@@ -275,7 +274,7 @@ import moves
 from x_transformers import x_transformers
 
 def broken():
-    x_transformers.to_xpos_tables = moves.moves
+    x_transformers.XPosTable.with_factors = moves.moves
     return net()
 """
 
@@ -283,15 +282,16 @@ def broken():
 def test_a_center_that_moves_with_the_length_fails(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = upstream.to_xpos_tables
+    with_factors = upstream.XPosTable.with_factors
 
-    def moves(freqs: Tensor, scale: Tensor) -> Any:
-        q_table, k_table, null_table = tables(freqs, scale)
+    def moves(table: Any, *sizes: int) -> Any:
+        q_factor, k_factor = with_factors(table, *sizes).factors
         # queries are centered on the middle of the text once more, keys are not
-        pairs = torch.arange(q_table.shape[-1]) / q_table.shape[-1]
-        return q_table * ((pairs + 0.4) / 1.4) ** (-q_table.shape[-2] / 2 / 512), k_table, null_table
+        pairs = torch.arange(q_factor.shape[-1]) / q_factor.shape[-1]
+        table.factors = (q_factor * ((pairs + 0.4) / 1.4) ** (-q_factor.shape[-2] / 2 / 512), k_factor)
+        return table
 
-    monkeypatch.setattr(upstream, "to_xpos_tables", tables)
+    monkeypatch.setattr(upstream.XPosTable, "with_factors", with_factors)
     monkeypatch.setitem(sys.modules, "moves", SimpleNamespace(moves=moves))
     write_models(here, BROKEN)
 
@@ -306,14 +306,9 @@ def test_a_center_that_moves_with_the_length_fails(
 def test_a_model_without_the_limit_fails(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = RotaryEmbedding.max_seq_len
-    monkeypatch.setattr(RotaryEmbedding, "max_seq_len", limit)
+    limit_of = models.limit_of
     # five more than there should be, which the check is not told of
-    monkeypatch.setattr(
-        models,
-        "longest_window_of",
-        lambda rotary, dtype, *, masked: limit(rotary, dtype, *([torch.float32] if masked else [])) - 5,
-    )
+    monkeypatch.setattr(models, "limit_of", lambda *args, **options: limit_of(*args, **options) - 5)
     status, document = check(capsys, "plain", *SHORT)
     assert status == 1
     assert {result["key"] for result in document["results"] if not result["passed"]} == {"range"}
@@ -390,7 +385,7 @@ def test_the_printed_limit_is_the_real_one(dtype: str, kind: str) -> None:
         depth=1,
         heads=1,
         attn_dim_head=8,
-        attn_flash=kind == "unmasked",
+        attn_flash=kind == "masked",
         rotary_xpos=True,
         rotary_emb_dim=4,
         rotary_xpos_scale_base=scale_base,
@@ -401,45 +396,23 @@ def test_the_printed_limit_is_the_real_one(dtype: str, kind: str) -> None:
     for attention in (module for module in layers.modules() if isinstance(module, Attention)):
         attention.to_q.register_forward_hook(lambda *_: ran.append(1))
     x = torch.randn(1, limit + 1, 8, generator=torch.Generator().manual_seed(0)).to(limits.DTYPES[dtype])
+    # so large a scale leaves no room for a query that is not small
+    for parameter in layers.parameters():
+        parameter.data.mul_(0.02)
+    mask = torch.ones(1, limit + 1, dtype=torch.bool)
 
-    assert layers(x[:, :limit]).isfinite().all()
+    assert layers(x[:, :limit], self_attn_kv_mask=mask[:, :limit]).isfinite().all()
     ran.clear()
     with pytest.raises(ValueError, match=f"limit of {limit} "):
-        layers(x)
+        layers(x, self_attn_kv_mask=mask)
     assert ran == []
-
-
-@torch.no_grad()
-def test_the_printed_distances_ahead_are_the_real_ones() -> None:
-    scale_base = 0.5
-    (row,) = (row for row in limits.limits(4, scale_base) if row.dtype == "float16")
-    layers = Decoder(
-        dim=8,
-        depth=1,
-        heads=1,
-        attn_dim_head=8,
-        cross_attend=True,
-        rotary_xpos=True,
-        rotary_emb_dim=4,
-        rotary_xpos_scale_base=scale_base,
-        verbose=False,
-    ).half()
-    x = torch.zeros(1, 1, 8, dtype=torch.float16)
-    assert row.context_ahead is not None
-
-    def call(ahead: int) -> Any:
-        return layers(x, pos=torch.tensor([0]), context=x, context_pos=torch.tensor([ahead]))
-
-    assert call(row.context_ahead).isfinite().all()
-    with pytest.raises(RuntimeError, match="context_pos"):
-        call(row.context_ahead + 1)
 
 
 @given(st.integers(1, 10**6), st.sampled_from([1, 8, 512, 3000]))
 @settings(max_examples=25)
 def test_the_least_scale_base_is_enough_and_one_less_is_not(length: int, scale_base: float) -> None:
     for need, row in zip(limits.needed(32, scale_base, length), limits.limits(32, scale_base)):
-        for kind in ("unmasked", "masked", "context"):
+        for kind in ("unmasked", "masked"):
             base = getattr(need, kind)
             for candidate, enough in ((base, True), (base - 1, False)):
                 if candidate == 0:
@@ -458,14 +431,12 @@ def test_limits_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> No
     fields = json.loads(document)
     for row in fields["limits"]:
         (line,) = (line for line in out.splitlines()[:8] if line.startswith(row["dtype"]))
-        assert line.split()[1:] == [
-            f"{row[name]:,}" for name in ("unmasked", "masked", "context", "pos_ahead", "context_ahead")
-        ]
-    # those that the changelog names
-    found = {row["dtype"]: row for row in fields["limits"]}
-    assert [found["float16"][name] for name in ("unmasked", "masked", "context")] == [5_665, 5_665, 1_132]
-    assert (found["bfloat16"]["unmasked"], found["float32"]["unmasked"]) == (69_118, 69_122)
-    assert found["bfloat16"]["masked"] == found["float32"]["masked"] == 32_861
+        assert line.split()[1:] == [f"{row[name]:,}" for name in ("unmasked", "masked")]
+    # those that the documents name
+    found = {row["dtype"]: (row["unmasked"], row["masked"]) for row in fields["limits"]}
+    assert found["float16"] == (9_065, 9_065)
+    assert found["bfloat16"] == (72_519, 36_261)
+    assert found["float32"] == (72_521, 36_261)
 
 
 @pytest.mark.parametrize(
@@ -768,7 +739,7 @@ def test_the_older_line_has_the_commands_too(tmp_path: Path) -> None:
     result = process(tmp_path, "limits", "--json", path=tree)
     assert result.returncode == 0, result.stderr
     (row,) = (row for row in json.loads(result.stdout)["limits"] if row["dtype"] == "float32")
-    assert (row["unmasked"], row["masked"], row["context"], row["pos_ahead"]) == (32_861, 32_861, None, None)
+    assert (row["unmasked"], row["masked"]) == (72_521, 36_261)
 
     make = "import torch, train; torch.save(train.memory_keys().state_dict(), 'old.pt')"
     subprocess.run([sys.executable, "-c", make], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tree)}, check=True)

@@ -120,4 +120,4 @@ def test_properties_fail_on_the_unpatched_release(monkeypatch: pytest.MonkeyPatc
 
     assert not held
     assert said.splitlines()[0].startswith("1 failed, 2 passed")
-    assert "test_shifting_all_positions_changes_not_one_bit" in said
+    assert "test_shifting_all_positions_changes_rounding_alone" in said

@@ -120,13 +120,13 @@ def table(dim: int, scale_base: float, length: int | None) -> str:
 
 
 _EXPLANATIONS = (
-    "any: the scale itself is out of range above. masked: flash attention with a mask, a bias, a cache, mems or",
-    "dropout, which adds to scores that have to be finite. What is in the cache or the mems does not count.",
+    "any: the scale itself is out of range above. masked: flash attention with a mask, a bias, a cache, mems",
+    "or dropout, which adds to scores that have to be finite. What is in the cache or the mems does not count.",
     "",
-    "One query more raises ValueError before any layer runs. Ways out: pass the sequence in chunks through the KV",
-    "cache, with input_not_include_cache = True and cache_age set to the length of each chunk; compute in bfloat16",
-    "or float32; or build the model with a larger rotary_xpos_scale_base. Stay at half of a limit: large values",
-    "need room too. Positions passed in are not checked: what is too far ahead gives NaN.",
+    "One query more raises ValueError before any layer runs. Ways out: pass the sequence in chunks through the",
+    "KV cache, with input_not_include_cache = True and cache_age set to the length of each chunk; compute in",
+    "bfloat16 or float32; or build the model with a larger rotary_xpos_scale_base. Stay at half of a limit, as",
+    "large values need room too. Positions passed in are not checked: what is too far ahead gives NaN.",
 )
 
 

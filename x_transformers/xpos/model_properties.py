@@ -312,7 +312,8 @@ def up_to_the_limit(subject: ModelSubject) -> Iterator[Point]:
     """
     net = Net(duplicate(subject.net.module))
     rotary: Any = net.layers.rotary_pos_emb
-    wanted = net.positions(subject.max_len - 1)
+    # limits are odd numbers, so it may come out one higher
+    wanted = net.positions(subject.max_len - 1) - 1
     rotary.scale_base *= wanted / models.limit_of(rotary, net.dtype, masked=False)
     note = f"scale base {rotary.scale_base:.3g}"
 
