@@ -1,0 +1,51 @@
+"""That every line of the series is needed: undoing any block of what it changes makes a test fail."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging_support import ROOT, patched_tree, pristine_tree
+
+FILE = "x_transformers/x_transformers.py"
+# in the order in which they are likely to tell, cheap ones first
+TESTS = [
+    f"tests/test_{name}.py" for name in ("rotary", "features", "properties", "cache", "compile", "wrappers", "survey")
+]
+# undoing these brings back lines that are never reached
+SAME = {"        return freqs, 1.\n"}
+
+pytestmark = pytest.mark.slow
+
+
+def undone() -> dict[str, list[str]]:
+    """The patched file with one block of changes undone, by the lines that the block has in it."""
+    old, new = (
+        (tree / FILE).read_text(encoding="utf-8").splitlines(True) for tree in (pristine_tree(), patched_tree())
+    )
+    found = {}
+    for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        changed = "".join(old[start:end] + new[new_start:new_end]).strip()
+        if kind != "equal" and changed and "".join(new[new_start:new_end]) not in SAME:
+            found[f"{new_start + 1}-{new_end}"] = new[:new_start] + old[start:end] + new[new_end:]
+    return found
+
+
+@pytest.mark.parametrize("lines", undone())
+def test_without_these_lines_a_test_fails(lines: str, tmp_path: Path) -> None:
+    shutil.copytree(patched_tree() / "x_transformers", tmp_path / "x_transformers")
+    (tmp_path / FILE).write_text("".join(undone()[lines]), encoding="utf-8")
+
+    tests = [test for test in TESTS if (ROOT / test).exists()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "quick"}
+    result = subprocess.run(
+        [*command, f"--package={tmp_path}", *tests], cwd=ROOT, env=environment, text=True, capture_output=True
+    )
+    # a package that cannot even be imported is a usage error, or one of collection
+    assert result.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), result.stdout
