@@ -241,10 +241,8 @@ def bits_per_byte(model: nn.Module, text: Tensor, length: int, settings: Setting
 @torch.no_grad()
 def same_bits(kind: str, packages: Mapping[str, ModuleType], weights: nn.Module, settings: Settings, x: Tensor) -> bool:
     """Whether the packages give the same bits in every way to evaluate."""
-    answers = (
-        [evaluated(package, kind, weights, settings, mode)(x) for package in packages.values()] for mode in MODES
-    )
-    return all(torch.equal(ours, theirs) for ours, theirs in answers)
+    models = ([evaluated(package, kind, weights, settings, mode) for package in packages.values()] for mode in MODES)
+    return all(torch.equal(ours(x), theirs(x)) for ours, theirs in models)
 
 
 # output
@@ -314,8 +312,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("length_extrapolation"), help="folder for all files")
     parser.add_argument("--quick", action="store_true", help="a trial: tiny models, 60 steps on windows of 16")
     options = parser.parse_args(argv)
-    if options.length < 2 or options.steps < 1:
-        parser.error("give a --length of 2 or more, and a --steps of 1 or more")
     given = {name: getattr(options, name) for name in ("length", "steps", "seed", "device")}
     settings = Settings(**{**given, **(QUICK if options.quick else {})}, threads=torch.get_num_threads())
 
@@ -336,8 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # of what the weights follow from: a run with other settings has other checkpoints
         follows_from = json.dumps([asdict(settings), digest(packages[name]), torch.__version__]).encode() + content
         path = options.out / f"{kind}-{name}-{hashlib.sha256(follows_from).hexdigest()[:12]}.pt"
-        label = f"{MODELS[kind][0]}, {name}"
-        trained[kind, name] = train(build(packages[name], kind, settings), label, settings, seen, path)
+        model = build(packages[name], kind, settings)
+        trained[kind, name] = train(model, f"{MODELS[kind][0]}, {name}", settings, seen, path)
 
     x = held_out[None, : max(FACTORS) * settings.length].long().to(settings.device)
     found = lines([kind for kind in MODELS if same_bits(kind, packages, trained[kind, "fork"], settings, x)])
