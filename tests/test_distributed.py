@@ -33,14 +33,8 @@ def torchrun(processes: int, *command: Any) -> subprocess.CompletedProcess:
     """Runs it on a free port, and never longer than two minutes, with all that it has started."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    with subprocess.Popen(
-        [*launcher, *map(str, command)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*launcher, *map(str, command)], env=env, **pipes, start_new_session=True) as process:
         try:
             stdout, stderr = process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
@@ -49,7 +43,7 @@ def torchrun(processes: int, *command: Any) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("distributed")
     ran = torchrun(request.param, TESTS / "distributed_worker.py", folder)
@@ -107,20 +101,14 @@ def test_one_window_for_all_shards_is_the_model_in_one_process_and_one_for_each_
         assert worst[f"{keys}, own windows: {of}"] > 1e-3
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_example_runs(processes):
-    ran = torchrun(processes, EXAMPLE)
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "expected"), [([], "equal to rounding"), (["--own-windows"], "WRONG")])
+def test_the_example_says_whether_it_is_right(options, expected):
+    ran = torchrun(2, EXAMPLE, *options)
 
-    assert ran.returncode == 0, ran.stderr
-    assert f"in {processes} shards" in ran.stdout
-    assert "equal to rounding" in ran.stdout
-
-
-def test_the_example_says_where_it_is_wrong():
-    ran = torchrun(2, EXAMPLE, "--own-windows")
-
-    assert ran.returncode != 0
-    assert "WRONG" in ran.stdout
+    assert (ran.returncode == 0) == (expected != "WRONG"), ran.stderr
+    assert "in 2 shards" in ran.stdout
+    assert expected in ran.stdout
 
 
 # in one process
@@ -130,43 +118,28 @@ def gradients(model: Any, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def checkpoint_layers(model: Any) -> Any:
-    for module in model.modules():
-        if isinstance(module, (Attention, FeedForward)):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-    return model
-
-
 @pytest.mark.parametrize("what", ["layers", "model"])
-@pytest.mark.parametrize("flash", [True, False])
-@pytest.mark.parametrize("custom_pos", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_gradients_with_activation_checkpoints_are_the_same_bit_for_bit(what, flash, custom_pos, autocast):
+@pytest.mark.parametrize(("flash", "pos"), [(True, None), (False, torch.arange(40) + torch.tensor([[3], [9]]))])
+def test_gradients_with_activation_checkpoints_are_the_same_bit_for_bit(what, autocast, flash, pos):
     model = build({**OPTIONS, "attn_flash": flash, "attn_num_mem_kv": 2}, 0, dtype=torch.float32).requires_grad_(True)
-    x = tokens(0, 2, 40)
-    kwargs = dict(pos=torch.arange(40) + torch.tensor([[3], [9]])) if custom_pos else {}
-    recomputed = 0
-
-    def count(*_: Any) -> None:
-        nonlocal recomputed
-        recomputed += 1
-
-    checkpointed = copy.deepcopy(model)
-    checkpointed.attn_layers.layers[0][1].to_q.register_forward_hook(count)
-    if what == "layers":
-        checkpoint_layers(checkpointed)
-        forward = checkpointed
-    else:
+    x, recomputed = tokens(0, 2, 40), []
+    forward = checkpointed = copy.deepcopy(model)
+    checkpointed.attn_layers.layers[0][1].to_q.register_forward_hook(lambda *_: recomputed.append(1))
+    if what == "model":
         forward = partial(checkpoint, checkpointed, use_reentrant=False)
+    else:
+        for module in checkpointed.modules():
+            if isinstance(module, (Attention, FeedForward)):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        expected, actual = model(x, **kwargs), forward(x, **kwargs)
+        expected, actual = model(x, pos=pos), forward(x, pos=pos)
     assert torch.equal(actual, expected)
-    for a, e in zip(
-        gradients(checkpointed, actual.float().square().mean()), gradients(model, expected.float().square().mean())
-    ):
+    losses = (t.float().square().mean() for t in (actual, expected))
+    for a, e in zip(*map(gradients, (checkpointed, model), losses)):
         assert torch.equal(a, e)
-    assert recomputed == 2
+    assert len(recomputed) == 2
 
 
 @pytest.mark.parametrize("flash", [True, False])
