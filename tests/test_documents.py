@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging_support import LINE, ROOT, clean_environment, git, provenance
+from packaging_support import LINE, ROOT, clean_environment, git, hatch_build
 from test_projects import Environment
 
 pytestmark = pytest.mark.slow
@@ -177,7 +177,7 @@ def test_commands(document: str, environment: Environment, clone: Path) -> None:
     if document == "patches/README.md":
         # what is exported is what is here, to the last byte
         assert "EXPORTED" in output
-        names = provenance.read_series(ROOT / LINE)
+        names = hatch_build.read_series(ROOT / LINE)
         assert output.count("Applying: ") == len(names)
         for name in (*names, "series"):
             assert (clone / LINE / name).read_bytes() == (ROOT / LINE / name).read_bytes()
