@@ -87,7 +87,8 @@ class Environment:
 
     def uv(self, *arguments: str) -> str:
         # it does not see the packages of the other environment
-        return self.run("-m", "uv", "pip", *arguments, "--no-deps", "--python", str(self.python)).stdout
+        arguments = (*arguments, *(() if "--no-deps" in arguments else ("--no-deps",)))
+        return self.run("-m", "uv", "pip", *arguments, "--python", str(self.python)).stdout
 
     def version(self) -> str:
         return self.run(
