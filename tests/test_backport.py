@@ -66,6 +66,7 @@ def run_tests(tree: Path, report: Path, **variables: str) -> tuple[int, list[Out
     return result.returncode, read(report)
 
 
+@pytest.mark.slow
 def test_its_tests_pass(tmp_path: Path) -> None:
     status, outcomes = run_tests(patched_tree(BACKPORT), tmp_path / "report.xml")
     assert [(outcome.name, outcome.failure) for outcome in outcomes if outcome.failure is not None] == []
@@ -73,6 +74,7 @@ def test_its_tests_pass(tmp_path: Path) -> None:
     assert len(outcomes) > 50
 
 
+@pytest.mark.slow
 def test_regression_tests_fail_on_the_pristine_release(tmp_path: Path, subtests: pytest.Subtests) -> None:
     """With the NameError alone: until that is out of the way nothing else can be wrong."""
     _, outcomes = run_tests(pristine_tree(BACKPORT), tmp_path / "report.xml", HYPOTHESIS_PROFILE="pristine")
@@ -82,6 +84,7 @@ def test_regression_tests_fail_on_the_pristine_release(tmp_path: Path, subtests:
             assert (failure == NAME_ERROR) if reason else (failure is None)
 
 
+@pytest.mark.slow
 def test_without_xpos_every_bit_is_upstreams_and_checkpoints_load_both_ways(tmp_path: Path) -> None:
     script = TESTS / "plain_outputs.py"
     trees = {"pristine": pristine_tree(BACKPORT), "patched": patched_tree(BACKPORT)}

@@ -87,8 +87,7 @@ class Environment:
 
     def uv(self, *arguments: str) -> str:
         # it does not see the packages of the other environment
-        arguments = (*arguments, *(() if "--no-deps" in arguments else ("--no-deps",)))
-        return self.run("-m", "uv", "pip", *arguments, "--python", str(self.python)).stdout
+        return self.run("-m", "uv", "pip", *arguments, "--no-deps", "--python", str(self.python)).stdout
 
     def version(self) -> str:
         return self.run(
@@ -127,7 +126,7 @@ def test_a_project_does_not_notice_the_swap(environment: Environment, checkout: 
         assert required.specifier.contains(FORK)
 
     # over upstream's package, with pip; back again; and with uv
-    for install in (environment.pip, environment.uv):
+    for install, no_deps in ((environment.pip, ["--no-deps"]), (environment.uv, [])):
         install("install", "-q", str(checkout))
         assert environment.version() == FORK
         assert bits(environment) == before
@@ -137,7 +136,7 @@ def test_a_project_does_not_notice_the_swap(environment: Environment, checkout: 
         assert checked.stdout.splitlines()[-1].startswith("all ")
 
         # the fork satisfies `==` too, so going back has to be forced
-        install("install", "-q", "--force-reinstall", "--no-deps", UPSTREAM)
+        install("install", "-q", "--force-reinstall", UPSTREAM, *no_deps)
         assert environment.version() == VERSION
         assert "No module named x_transformers.xpos" in environment.run("-m", "x_transformers.xpos", check=False).stderr
     assert bits(environment) == before
@@ -166,7 +165,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_upgrade_leaves_the_fork_where_it_is_pinned(
     environment: Environment, checkout: Path, newer: Path, tmp_path: Path
 ) -> None:
-    upgrade = ("install", "-q", "--upgrade", "--no-deps", "--no-index", "--find-links", str(newer), "x-transformers")
+    upgrade = ("install", "-q", "--upgrade", "--no-index", "--find-links", str(newer), "x-transformers")
     environment.pip("install", "-q", "--no-deps", "--force-reinstall", str(checkout))
     pin = tmp_path / "constraints.txt"
     pin.write_text(f"x-transformers=={FORK}\n", encoding="utf-8")
@@ -175,13 +174,13 @@ def test_an_upgrade_leaves_the_fork_where_it_is_pinned(
     environment.pip("install", "-q", "--upgrade", "--no-deps", f"x-transformers<={VERSION}")
     assert environment.version() == FORK
     # pip and uv both keep what is there if a constraint names it
-    environment.pip(*upgrade, "-c", str(pin))
+    environment.pip(*upgrade, "--no-deps", "-c", str(pin))
     environment.uv(*upgrade, "-c", str(pin))
     environment.uv(*upgrade, "--override", str(pin))
     assert environment.version() == FORK
 
     # else a newer release replaces it, and the check says so
-    environment.pip(*upgrade)
+    environment.pip(*upgrade, "--no-deps")
     assert environment.version() == "99.0.0"
     checked = environment.run("-m", "x_transformers.xpos", check=False)
     assert checked.returncode == 1
