@@ -17,17 +17,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import hatch_build  # noqa: E402
-from hatch_build import BuildError, Patch, PatchError, Release, provenance  # noqa: E402
+from hatch_build import BuildError, Patch, PatchError, Release  # noqa: E402
 
 # those about what models answer; the others are about this repository, or about every option of the pinned release
 PROPERTIES = ("tests/test_properties.py", "tests/test_rotary.py", "tests/test_features.py")
+NAME = "x-transformers"
 TABLE = ROOT / "patches" / "README.md"
 BEGIN, END = "<!-- made by try_release.py -->\n", "<!-- end -->\n"
 
@@ -36,8 +37,7 @@ CLEAN, MOVED, CONFLICT, UPSTREAM = "applies", "applies, lines moved", "CONFLICTS
 SHORT = {CLEAN: "✓", MOVED: "✓ moved", CONFLICT: "✗", UPSTREAM: "upstream"}
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(NamedTuple):
     """What became of one patch on one release; `hunks` names those that conflict."""
 
     patch: str
@@ -45,94 +45,71 @@ class Attempt:
     hunks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What became of the series on one release; `properties` is what pytest said, None where it was not run."""
+class Trial(NamedTuple):
+    """What became of the series on one release; `properties` is what pytest said, empty where it was not run."""
 
     version: str
     attempts: tuple[Attempt, ...]
-    properties: str | None = None
+    properties: tuple[str, ...] = ()
     held: bool = False
 
     @property
     def applied(self) -> bool:
         return all(attempt.outcome != CONFLICT for attempt in self.attempts)
 
-    @property
-    def passed(self) -> bool:
-        return self.applied and self.held
-
-    @property
-    def failed(self) -> int:
-        return len((self.properties or "").splitlines()[1:])
-
 
 def attempt_series(release: Release, patches: Sequence[Patch]) -> tuple[tuple[Attempt, ...], dict[str, bytes]]:
     """Each patch in turn, on the result of those before it that apply; and the files with all that do."""
-    files: Mapping[str, bytes] = release.files
-    attempts = []
-    name = f"{release.name} {release.version}"
+    files, attempts = dict(release.files), []
+    hunks: tuple[str, ...]
     for patch in patches:
-        try:
-            files = hatch_build.apply_series(files, [patch], release=name)
-            attempts.append(Attempt(patch.name, CLEAN))
-            continue
-        except PatchError:
-            pass
-        try:
-            files = hatch_build.apply_series(files, [patch], release=name, allow_offsets=True)
-            attempts.append(Attempt(patch.name, MOVED))
-        except PatchError as error:
-            if is_in(files, patch):
-                attempts.append(Attempt(patch.name, UPSTREAM))
+        outcome, hunks = CONFLICT, ()
+        for allow_offsets in (False, True):
+            try:
+                files = hatch_build.apply_series(files, [patch], release=release, allow_offsets=allow_offsets)
+            except PatchError as error:
+                hunks = error.hunks or (str(error),)
             else:
-                attempts.append(Attempt(patch.name, CONFLICT, tuple(map(str, error.hunks)) or (str(error),)))
-    return tuple(attempts), dict(files)
+                outcome, hunks = MOVED if allow_offsets else CLEAN, ()
+                break
+        if outcome == CONFLICT and is_in(files, patch):
+            outcome, hunks = UPSTREAM, ()
+        attempts.append(Attempt(patch.name, outcome, hunks))
+    return tuple(attempts), files
 
 
 def is_in(files: Mapping[str, bytes], patch: Patch) -> bool:
     """Whether the files have the patch already: it can be taken back from them."""
     with tempfile.TemporaryDirectory() as directory:
-        hatch_build.write_files(files, Path(directory))
-        command = ["git", "apply", "--check", "--reverse", "--whitespace=nowarn", "-"]
-        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(Path(directory).parent)}
-        result = subprocess.run(
-            command, cwd=directory, env=environment, input=patch.content, capture_output=True, check=False
-        )
-    return result.returncode == 0
+        tree = Path(directory, "tree")
+        hatch_build.write_files(files, tree)
+        return hatch_build.git_apply(patch.content, tree, "--check", "--reverse")[0] == 0
 
 
-def run_properties(files: Mapping[str, bytes], examples: str) -> tuple[bool, str]:
-    """Whether the properties hold for a package of these files, and the last line that pytest printed."""
+def run_properties(files: Mapping[str, bytes], examples: str) -> tuple[bool, tuple[str, ...]]:
+    """Whether the properties hold for a package of these files; the last line that pytest printed, and what failed."""
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         hatch_build.write_files(files, tree)
         own = Path("x_transformers", "xpos")
-        shutil.copytree(ROOT / own, tree / own, ignore=shutil.ignore_patterns("__pycache__", "provenance.json*"))
+        shutil.copytree(ROOT / own, tree / own, ignore=shutil.ignore_patterns("__pycache__"))
         command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", f"--package={tree}"]
+        environment = {**os.environ, "HYPOTHESIS_PROFILE": examples}
         result = subprocess.run(
-            [*command, *PROPERTIES],
-            cwd=ROOT,
-            env={**os.environ, "HYPOTHESIS_PROFILE": examples},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
+            [*command, *PROPERTIES], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
         )
-    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    lines = [line for line in result.stdout.splitlines() if line.strip()] or ["nothing"]
     # without how long it took, which says nothing about the release
-    said = re.sub(r" in [0-9.]+s.*", "", lines[-1]) if lines else "nothing"
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return result.returncode == 0, "\n".join([said, *failed])
+    said = re.sub(r" in [0-9.]+s.*", "", lines[-1])
+    return result.returncode == 0, (said, *(line for line in lines if line.startswith(("FAILED", "ERROR"))))
 
 
 def try_release(version: str, patches: Sequence[Patch], *, examples: str, properties: bool = True) -> Trial:
     release = download(version)
     attempts, files = attempt_series(release, patches)
-    trial = Trial(release.version, attempts)
     # without a patch that conflicts too, as long as there are others: what fails then says what it was for
     if not properties or all(attempt.outcome == CONFLICT for attempt in attempts):
-        return trial
+        return Trial(release.version, attempts)
     held, said = run_properties(files, examples)
     return Trial(release.version, attempts, said, held)
 
@@ -142,8 +119,7 @@ def try_release(version: str, patches: Sequence[Patch], *, examples: str, proper
 
 def download(version: str) -> Release:
     """A release by its version, `latest` for the newest; no hash is known of it, and nothing of it is kept."""
-    name = provenance.read_pin(ROOT / "patches" / "2.x" / "upstream.txt").name
-    requirement = name if version == "latest" else f"{name}=={version}"
+    requirement = NAME if version == "latest" else f"{NAME}=={version}"
     with tempfile.TemporaryDirectory() as directory:
         pip("download", "-q", "--no-deps", "--only-binary=:all:", "-d", directory, requirement)
         (wheel,) = Path(directory).glob("*.whl")
@@ -152,10 +128,9 @@ def download(version: str) -> Release:
 
 def newest(count: int) -> list[str]:
     """The newest releases that pip finds, newest first."""
-    name = provenance.read_pin(ROOT / "patches" / "2.x" / "upstream.txt").name
-    match = re.search(r"^Available versions: (.*)$", pip("index", "versions", name), flags=re.MULTILINE)
+    match = re.search(r"^Available versions: (.*)$", pip("index", "versions", NAME), flags=re.MULTILINE)
     if match is None:
-        raise BuildError(f"pip names no versions of {name}")
+        raise BuildError(f"pip names no versions of {NAME}")
     return match[1].split(", ")[:count]
 
 
@@ -175,12 +150,9 @@ def pip(*arguments: str) -> str:
 def report(trial: Trial) -> str:
     lines = [f"x-transformers {trial.version}"]
     for attempt in trial.attempts:
-        lines.append(f"  {attempt.patch}: {attempt.outcome}")
-        lines += [f"    {hunk}" for hunk in attempt.hunks]
-    said = (trial.properties or "not run").splitlines()
-    lines.append(f"  properties: {said[0]}")
-    lines += [f"    {line}" for line in said[1:]]
-    return "\n".join(lines)
+        lines += [f"  {attempt.patch}: {attempt.outcome}", *(f"    {hunk}" for hunk in attempt.hunks)]
+    said, *failed = trial.properties or ("not run",)
+    return "\n".join([*lines, f"  properties: {said}", *(f"    {line}" for line in failed)])
 
 
 def table(trials: Sequence[Trial]) -> str:
@@ -189,7 +161,8 @@ def table(trials: Sequence[Trial]) -> str:
     lines = [f"| release | {' | '.join(numbers)} | properties |", f"|---{'|---' * len(numbers)}|---|"]
     for trial in trials:
         cells = [SHORT[attempt.outcome] for attempt in trial.attempts]
-        said = "hold" if trial.held else "not run" if trial.properties is None else f"**{trial.failed} fail**"
+        failed = f"**{len(trial.properties) - 1} fail**"
+        said = "hold" if trial.held else failed if trial.properties else "not run"
         lines.append(f"| {trial.version} | {' | '.join(cells)} | {said} |")
     return "\n".join(lines) + "\n"
 
@@ -225,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{table(trials)}")
         if options.write:
             write_table(table(trials))
-    except (BuildError, provenance.FormatError) as error:
+    except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if all(trial.passed or (options.no_properties and trial.applied) for trial in trials) else 1
+    return 0 if all(trial.applied and (trial.held or options.no_properties) for trial in trials) else 1
 
 
 if __name__ == "__main__":

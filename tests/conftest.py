@@ -13,6 +13,7 @@ from packaging_support import (
     copy_project,
     download_pinned_release,
     offline,
+    patched_tree,
     pristine_tree,
     provenance,
 )
@@ -44,7 +45,6 @@ settings.register_profile("pristine", max_examples=60, **briefly)
 NOT_ABOUT_THE_PACKAGE = {
     "test_backport.py",
     "test_build.py",
-    "test_build_hardening.py",
     "test_check.py",
     "test_documents.py",
     "test_example.py",
@@ -66,20 +66,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("x-transformers", "which x_transformers is tested")
     group.addoption("--pristine", action="store_true", help="the unpatched pinned release, built with an empty series")
     group.addoption("--upstream", type=Path, metavar="DIR", help="a clone of upstream's repository, to run its tests")
-    group.addoption("--package", type=Path, metavar="DIR", help="the one in DIR")
+    group.addoption("--package", type=Path, metavar="DIR", help="the one in DIR, not what the checkout gives now")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Import the package from a tree that the checkout gives as it is now, whatever is installed."""
     try:
-        tree = pristine_tree() if config.getoption("pristine") else config.getoption("package")
+        tree = config.getoption("package") or (pristine_tree() if config.getoption("pristine") else patched_tree())
     except AssertionError as error:  # the build's own message
         raise pytest.UsageError(str(error)) from None
-    if tree is not None:
-        if not (tree / "x_transformers" / "__init__.py").is_file():
-            raise pytest.UsageError(f"--package {tree}: there is no x_transformers in it")
-        sys.path.insert(0, str(tree.absolute()))
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree.absolute()), os.environ.get("PYTHONPATH")]))
-    record = provenance.read_record(tree / "x_transformers") if tree is not None else None
+    if not (tree / "x_transformers" / "__init__.py").is_file():
+        raise pytest.UsageError(f"--package {tree}: there is no x_transformers in it")
+    sys.path.insert(0, str(tree.absolute()))
+    # for what tests start
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree.absolute()), os.environ.get("PYTHONPATH")]))
+    record = provenance.read_record(tree / "x_transformers")
     config.stash[LINE_TESTED] = record.line if record is not None else LINE.name
     profile = "pristine" if config.getoption("pristine") else "default"
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))
@@ -101,15 +102,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark is not None:
             # for the report, from which test_regressions.py takes it
             item.user_properties.append(("regression", mark.args[0] if mark.args else "differs"))
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """A tree made from other patches than those in the checkout would be tested in their place."""
-    if session.config.getoption("pristine") or session.config.getoption("package"):
-        return
-    messages = provenance.staleness()
-    if messages:
-        pytest.exit("\n".join(messages), returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 def pytest_report_header() -> str:

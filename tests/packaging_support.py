@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,20 +33,18 @@ else:
 provenance = hatch_build.provenance
 
 _PROJECT = ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
-_DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json*")
+_DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
 _CALL_BACKEND = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
 
 
 def copy_project(directory: Path) -> Path:
-    """The files of the repository that a build reads, as in a checkout where nothing was installed."""
+    """The files of the repository that a build reads."""
     directory.mkdir(parents=True)
     for name in _PROJECT:
         shutil.copyfile(ROOT / name, directory / name)
     own_module = Path("x_transformers", "xpos")
     for folder in (Path("patches"), Path("tests"), own_module):
         shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
-    for installed in directory.glob("patches/*/x_transformers"):
-        shutil.rmtree(installed)
     return directory
 
 
@@ -55,8 +54,9 @@ def package_root(project: Path, line: Path) -> Path:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """The environment without the settings of pip and git that the tests are about, plus `variables`."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "GIT_"))}
+    """The environment without the settings of pip and git, and without the package that is tested, plus `variables`."""
+    left_out = ("PIP_", "GIT_", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
@@ -106,12 +106,12 @@ def pristine_tree(line: Path = LINE) -> Path:
 
 def fixes_tree() -> Path:
     """The same with the default line's fixes, and nothing of its speed."""
-    return _built_tree(LINE, provenance.read_series(ROOT / LINE)[:-SPEED_PATCHES])
+    return _built_tree(LINE, hatch_build.read_series(ROOT / LINE)[:-SPEED_PATCHES])
 
 
 def patched_tree(line: Path = LINE) -> Path:
     """The same with the patches of the line: its package, for tests to run on."""
-    return _built_tree(line, provenance.read_series(ROOT / line))
+    return _built_tree(line, hatch_build.read_series(ROOT / line))
 
 
 def _built_tree(line: Path, series: Sequence[str]) -> Path:
@@ -119,10 +119,11 @@ def _built_tree(line: Path, series: Sequence[str]) -> Path:
     patches = {name: (ROOT / line / name).read_bytes() for name in series}
     inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]
     inputs += sorted((ROOT / "x_transformers" / "xpos").glob("*.py"))
-    key = provenance.sha256(b"".join([*(path.read_bytes() for path in inputs), *patches.values()]))[:16]
-    cache = ROOT / ".pytest_cache" / f"{line.name}-{len(series)}"
-    tree = cache / key
+    content = b"".join([*(path.name.encode() + path.read_bytes() for path in inputs), *patches.values()])
+    cache = ROOT / ".pytest_cache" / "trees"
+    tree = cache / f"{line.name}-{len(series)}-{provenance.sha256(content)[:16]}"
     if tree.is_dir():
+        os.utime(tree)
         return tree
 
     cache.mkdir(parents=True, exist_ok=True)
@@ -132,11 +133,12 @@ def _built_tree(line: Path, series: Sequence[str]) -> Path:
         wheel = build("build_wheel", package_root(project, line), Path(temporary, "wheel"), os.environ)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(temporary, "tree"))
-        for old in cache.iterdir():
-            if re.fullmatch("[0-9a-f]{16}", old.name):
-                shutil.rmtree(old, ignore_errors=True)
         with contextlib.suppress(OSError):  # another run was first
             Path(temporary, "tree").rename(tree)
+    for old in cache.iterdir():  # of earlier states of the checkout, and none that a run may still be using
+        with contextlib.suppress(OSError):
+            if old.stat().st_mtime < time.time() - 24 * 60 * 60:
+                shutil.rmtree(old)
     assert tree.is_dir()
     return tree
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging_support import LINE, ROOT, clean_environment, git, provenance
+from packaging_support import LINE, ROOT, clean_environment, git, hatch_build
 
 from x_transformers.x_transformers import RotaryEmbedding
 
@@ -192,7 +192,7 @@ def test_commands(document: str, reader: Path) -> None:
     if document == "patches/README.md":
         # what is exported is what is here, to the last byte
         assert "EXPORTED" in output
-        names = provenance.read_series(ROOT / LINE)
+        names = hatch_build.read_series(ROOT / LINE)
         assert output.count("Applying: ") == len(names)
         for name in (*names, "series"):
             assert (reader / LINE / name).read_bytes() == (ROOT / LINE / name).read_bytes()

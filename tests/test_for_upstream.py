@@ -12,7 +12,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
-from packaging_support import LINE, ROOT, clean_environment, git, hatch_build, pristine_tree, provenance
+from packaging_support import LINE, ROOT, clean_environment, git, hatch_build, pristine_tree
 
 import x_transformers
 
@@ -23,12 +23,12 @@ FORK = Path(x_transformers.__file__).parent.parent
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the pinned release, to which the series and the patch with tests were applied by git am."""
-    release = hatch_build.fetch_release(provenance.read_pin(ROOT / LINE / "upstream.txt"))
+    release = hatch_build.fetch_release(ROOT / LINE / "upstream.txt")
     repository = tmp_path_factory.mktemp("upstream")
     hatch_build.write_files(release.files, repository)
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "the pinned release"]):
         assert git(repository, *command).returncode == 0
-    patches = [*(ROOT / LINE / name for name in provenance.read_series(ROOT / LINE)), TESTS_PATCH]
+    patches = [*(ROOT / LINE / name for name in hatch_build.read_series(ROOT / LINE)), TESTS_PATCH]
     result = git(repository, "am", *map(str, patches))
     assert result.returncode == 0, result.stderr
     # not a word about whitespace, a three-way merge or a fuzz

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from packaging_support import ROOT, SPEED_PATCHES, clean_environment, git, hatch_build, provenance, snapshot
+from packaging_support import ROOT, SPEED_PATCHES, clean_environment, git, hatch_build, snapshot
 
 LINES = sorted(series.parent for series in ROOT.glob("patches/*/series"))
-PATCHES = [line / name for line in LINES for name in provenance.read_series(line)]
+PATCHES = [line / name for line in LINES for name in hatch_build.read_series(line)]
 
 # a backport is trusted at a glance, and what upstream's author reads once has lines no wider than those around it
 MOST_CHANGED_LINES = {"1.27.x": 40}
@@ -27,14 +27,15 @@ each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patc
 @pytest.fixture(scope="session")
 def releases() -> dict[str, hatch_build.Release]:
     """The pristine release of each line."""
-    return {line.name: hatch_build.fetch_release(provenance.read_pin(line / "upstream.txt")) for line in LINES}
+    return {line.name: hatch_build.fetch_release(line / "upstream.txt") for line in LINES}
 
 
 def message(patch: Path) -> tuple[str, str]:
     """The subject and the reason, what comes before the diff."""
     content = patch.read_bytes()
     body = email.message_from_bytes(content, policy=email.policy.default).get_content()
-    return provenance.patch_subject(content), re.split(r"^(?:---|diff --git .*)\n", body, flags=re.MULTILINE)[0]
+    subject = hatch_build.Patch(patch.name, content).subject
+    return subject, re.split(r"^(?:---|diff --git .*)\n", body, flags=re.MULTILINE)[0]
 
 
 def changed_lines(patch: Path) -> dict[str, int]:
@@ -54,7 +55,7 @@ def test_series_names_all_patches_in_numeric_order(line: Path) -> None:
     text = (line / "series").read_text(encoding="utf-8")
     # `git quiltimport` leaves out a last line without its end
     assert text == "" or text.endswith("\n")
-    names = list(provenance.read_series(line))
+    names = list(hatch_build.read_series(line))
     assert names == sorted(path.name for path in line.glob("*.patch"))
     assert [name[:5] for name in names] == [f"{number:04}-" for number in range(1, len(names) + 1)]
 
@@ -70,7 +71,7 @@ def test_applies_exactly_to_the_pinned_release(line: Path, releases: dict[str, h
 def test_git_am_gives_what_the_build_gives(
     line: Path, releases: dict[str, hatch_build.Release], tmp_path: Path
 ) -> None:
-    release, patches = releases[line.name], provenance.read_series(line)
+    release, patches = releases[line.name], hatch_build.read_series(line)
     repository = tmp_path / "upstream"
     hatch_build.write_files(release.files, repository)
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "the pinned release"]):

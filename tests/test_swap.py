@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
@@ -187,28 +188,18 @@ def test_state_dicts_are_the_same_and_load_both_ways(options, seed, dtype) -> No
 
 
 SAVE = """
-import sys, pickle, torch
-sys.path.insert(0, sys.argv[2])
-from strategies import build, tokens
 for name, options in OPTIONS.items():
     model = build(options, 7, torch.float32)
-    torch.save(model, f"{sys.argv[1]}/{name}.pt")
-    with open(f"{sys.argv[1]}/{name}.pickle", "wb") as file:
-        pickle.dump(model, file)
-    torch.save(model(tokens(7, 2, 33)), f"{sys.argv[1]}/{name}.out")
+    torch.save(model, f"{name}.pt")
+    Path(f"{name}.pickle").write_bytes(pickle.dumps(model))
+    torch.save(model(tokens(7, 2, 33)), f"{name}.out")
 """
 
 LOAD = """
-import sys, pickle, torch
-sys.path.insert(0, sys.argv[2])
-from strategies import tokens
-import x_transformers
 print(x_transformers.__file__)
 for name in OPTIONS:
-    expected = torch.load(f"{sys.argv[1]}/{name}.out")
-    with open(f"{sys.argv[1]}/{name}.pickle", "rb") as file:
-        models = [torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False), pickle.load(file)]
-    for model in models:
+    expected = torch.load(f"{name}.out")
+    for model in torch.load(f"{name}.pt", weights_only=False), pickle.loads(Path(f"{name}.pickle").read_bytes()):
         actual = model(tokens(7, 2, 33))
         print(name, torch.equal(actual, expected), ((actual - expected).abs().max() / expected.abs().max()).item())
         model.load_state_dict(model.state_dict())
@@ -225,10 +216,10 @@ SAVED = {
 
 def in_tree(tree: Path, script: str, directory: Path) -> str:
     """The script in a process that imports `x_transformers` from the tree."""
-    command = f"OPTIONS = {SAVED!r}\nimport sys; sys.path.insert(0, {str(tree)!r})\n{script}"
-    result = subprocess.run(
-        [sys.executable, "-c", command, str(directory), str(HERE)], text=True, capture_output=True, check=False
-    )
+    imports = "import pickle, torch, x_transformers\nfrom pathlib import Path\nfrom strategies import build, tokens"
+    command = [sys.executable, "-c", f"{imports}\nOPTIONS = {SAVED!r}\n{script}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(HERE)])}
+    result = subprocess.run(command, cwd=directory, env=environment, text=True, capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -252,35 +243,29 @@ def test_saved_models_load_in_the_other(saved_by: Path, loaded_by: Path, tmp_pat
 # with xPos, what upstream gets right is the same to rounding
 
 
+def answers(model: Any, x: Tensor, num_new: int) -> list[Tensor]:
+    """Of the whole, and of the last tokens with a cache of the others."""
+    _, cache = model(x[:, :-num_new], return_intermediates=True)
+    return [model(x), model(x, cache=cache, cache_age=num_new)]
+
+
+def assert_agree(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_equal_to_rounding(ours, theirs)
+
+
 @given(decoder_options(), seeds, splits())
 def test_with_xpos_plain_self_attention_agrees_to_rounding(options, seed, lens) -> None:
-    ours, theirs = build_both(options, seed, max_mem_len=64)
-    x = tokens(seed, 2, sum(lens))
+    x, found = tokens(seed, 2, sum(lens)), []
 
-    assert_equal_to_rounding(ours(x), theirs(x))
-
-    decoded, segments = [], []
-    for model in (ours, theirs):
-        _, cache = model(x[:, : lens[0]], return_intermediates=True)
-        decoded.append(model(x, cache=cache, cache_age=sum(lens[1:])))
+    for model in build_both(options, seed, max_mem_len=64):
         _, mems = model(x[:, : lens[0]], return_mems=True)
-        segments.append(model(x[:, lens[0] :], mems=mems))
-    assert_equal_to_rounding(*decoded)
-    assert_equal_to_rounding(*segments)
-
-
-@given(decoder_options(), seeds, st.integers(2, 30))
-def test_with_xpos_gradients_of_plain_self_attention_agree_to_rounding(options, seed, seq_len) -> None:
-    x, grads = tokens(seed, 2, seq_len), []
-    both = build_both(options, seed)
-
-    for model in both:
+        outputs = [*answers(model, x, sum(lens[1:])), model(x[:, lens[0] :], mems=mems)]
         model.requires_grad_(True)
         model(x).square().sum().backward()
-        grads.append([param.grad for param in model.parameters() if param.grad is not None])
+        found.append([*outputs, *(param.grad for param in model.parameters() if param.grad is not None)])
 
-    for actual, expected in zip(*grads, strict=True):
-        assert_equal_to_rounding(actual, expected)
+    assert_agree(*found)
 
 
 @given(
@@ -296,8 +281,7 @@ def test_what_is_set_on_a_built_model_is_what_it_answers_by(options, seed, seq_l
 
     for model in models:
         rotary = model.attn_layers.rotary_pos_emb
-        _, cache = model(x[:, :-1], return_intermediates=True)
-        model(x, cache=cache)
+        answers(model, x, 1)
         if "scale_base" in names:
             rotary.scale_base *= factor
         if "inv_freq" in names:
@@ -305,12 +289,10 @@ def test_what_is_set_on_a_built_model_is_what_it_answers_by(options, seed, seq_l
         if "scale" in names:
             rotary.scale = 0.75 * decays
         if "interpolation_factor" in names:
-            rotary.interpolation_factor = 3.0
-        _, cache = model(x[:, :-1], return_intermediates=True)
-        found.append((model(x), model(x, cache=cache)))
+            rotary.interpolation_factor = interpolation
+        found.append(answers(model, x, 1))
 
-    for actual, expected in zip(*found):
-        assert_equal_to_rounding(actual, expected)
+    assert_agree(*found)
     assert_equal_to_rounding(found[0][1], found[0][0][:, -1:])
 
 
@@ -333,11 +315,9 @@ def test_a_rotary_embedding_of_ones_own_is_called_as_upstream_calls_it(options, 
 
     for model in build_both(options, seed):
         model.attn_layers.rotary_pos_emb = OtherRotary(options["rotary_emb_dim"])
-        _, cache = model(x[:, : lens[0]], return_intermediates=True)
-        found.append((model(x), model(x, cache=cache, cache_age=sum(lens[1:]))))
+        found.append(answers(model, x, sum(lens[1:])))
 
-    for actual, expected in zip(*found):
-        assert_equal_to_rounding(actual, expected)
+    assert_agree(*found)
 
 
 class OtherAttention(Module):
@@ -362,10 +342,7 @@ def test_a_layer_of_ones_own_is_given_angles_and_scales(options, num_mem_kv, see
     for layer in model.attn_layers.layers:
         if isinstance(layer[1], x_transformers.Attention):
             layer[1] = OtherAttention(layer[1])
-    _, cache = model(x[:, : lens[0]], return_intermediates=True)
-
-    assert_equal_to_rounding(model(x), expected)
-    assert_equal_to_rounding(model(x, cache=cache, cache_age=sum(lens[1:])), expected[:, lens[0] :])
+    assert_agree(answers(model, x, sum(lens[1:])), [expected, expected[:, lens[0] :]])
 
 
 @given(st.sampled_from([3, 8, 33, 64]), seeds, st.integers(1, 40), st.integers(1, 40), st.booleans())
@@ -412,14 +389,9 @@ def test_an_attention_on_its_own_takes_a_table(dim_head, seed, seq_len, num_mem_
 def test_odd_dims_agree_with_upstream_to_rounding(dim_head, rotary_emb_dim):
     options = dict(dim=16, depth=2, heads=2, attn_dim_head=dim_head, rotary_xpos=True, rotary_xpos_scale_base=32)
     options.update(verbose=False, **({} if rotary_emb_dim is None else dict(rotary_emb_dim=rotary_emb_dim)))
-    x, found = tokens(0, 2, 30), []
+    x = tokens(0, 2, 30)
 
-    for model in build_both(options, 0):
-        _, cache = model(x[:, :20], return_intermediates=True)
-        found.append((model(x), model(x, cache=cache, cache_age=10)))
-
-    for actual, expected in zip(*found):
-        assert_equal_to_rounding(actual, expected)
+    assert_agree(*(answers(model, x, 10) for model in build_both(options, 0)))
 
 
 # signatures

@@ -1,6 +1,6 @@
 """The command line: `python -m x_transformers.xpos [COMMAND] [OPTIONS]`, where COMMAND is `check` if it is left out.
 
-Exit status: 0 if all is well, 1 if a property fails or the package is unpatched, modified or stale, 2 for a usage
+Exit status: 0 if all is well, 1 if a property fails or the package is unpatched or modified, 2 for a usage
 error, 130 if interrupted.
 """
 
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 exit status:
   0    all is well
-  1    a property fails, or the package is unpatched, modified or stale
+  1    a property fails, or the package is unpatched or modified
   2    usage error: an argument, a file or a model that cannot be used
   130  interrupted""",
     )
@@ -145,7 +145,7 @@ def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
       where train.py, in the current directory, has a function build_model() without arguments that returns
       a TransformerWrapper, a Decoder, or any torch.nn.Module with one in it
 
-exit status: 0 all is well, 1 a property fails or the package is unpatched, modified or stale,
+exit status: 0 all is well, 1 a property fails or the package is unpatched or modified,
 {_USAGE_AND_INTERRUPT}""",
     )
     check.add_argument(

@@ -19,8 +19,8 @@ DISTRIBUTION = "x-transformers"
 class Package:
     """`distribution` is the version that the environment's metadata gives, None where it names none.
 
-    `unpatched`, `modified` and `stale` hold one message for each thing that is wrong, and are empty for a package that
-    is what this repository builds.
+    `unpatched` and `modified` hold one message for each thing that is wrong, and are empty for a package that is what
+    this repository builds.
     """
 
     path: Path
@@ -28,7 +28,6 @@ class Package:
     record: provenance.Record | None
     unpatched: tuple[str, ...] = ()
     modified: tuple[str, ...] = ()
-    stale: tuple[str, ...] = ()
 
     @property
     def release(self) -> str:
@@ -37,7 +36,7 @@ class Package:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        return self.unpatched + self.modified + self.stale
+        return self.unpatched + self.modified
 
 
 def describe() -> Package:
@@ -48,23 +47,16 @@ def describe() -> Package:
     except metadata.PackageNotFoundError:
         distribution = None
 
-    record = None
-    unpatched: list[str] = []
-    modified: list[str] = []
-    stale: list[str] = []
+    record, unpatched, modified = None, [], []
     try:
         record = provenance.read_record(path)
-    except provenance.FormatError as error:
-        modified.append(str(error))
-    else:
-        if record is None:
-            unpatched.append("there is no record of a build")
-        elif not record.patches:
-            unpatched.append("the record of the build lists no patches")
+        if record is None or not record.patches:
+            unpatched.append("there is no record of patches")
         files = provenance.modified_files(path, record)
         if files:
             modified.append(f"not as they were built: {', '.join(files)}")
-        stale.extend(provenance.staleness(path, record))
+    except provenance.FormatError as error:
+        modified.append(str(error))
     if "seq_len" not in inspect.signature(RotaryEmbedding.forward).parameters:
         unpatched.append("RotaryEmbedding.forward takes no seq_len")
-    return Package(path, distribution, record, tuple(unpatched), tuple(modified), tuple(stale))
+    return Package(path, distribution, record, tuple(unpatched), tuple(modified))

@@ -67,12 +67,8 @@ def package_lines(package: Package) -> list[str]:
         )
         lines += [f"          {patch.name}" for patch in record.patches]
     if not package.problems:
-        lines.append("          the files match this record, and nothing is stale")
-    for kind, messages in (
-        ("UNPATCHED", package.unpatched),
-        ("MODIFIED", package.modified),
-        ("STALE", package.stale),
-    ):
+        lines.append("          the files match this record")
+    for kind, messages in (("UNPATCHED", package.unpatched), ("MODIFIED", package.modified)):
         lines += _wrapped(f"{kind:<10}", messages)
     return lines
 
@@ -140,9 +136,7 @@ def conclusion(report: Report) -> str:
     if package.unpatched:
         outcome += ", and the package is UNPATCHED: this is not the fork"
     elif package.problems:
-        outcome += ", but the package is " + " and ".join(
-            word for word, messages in (("MODIFIED", package.modified), ("STALE", package.stale)) if messages
-        )
+        outcome += ", but the package is MODIFIED"
     return f"{outcome} ({report.run['seconds']:.0f} s)"
 
 
@@ -186,7 +180,6 @@ def document(report: Report) -> str:
             "patches": [patch.name for patch in record.patches] if record else [],
             "unpatched": list(package.unpatched),
             "modified": list(package.modified),
-            "stale": list(package.stale),
         },
         "run": dict(report.run),
         "logit_factor": report.logit_factor,
