@@ -307,7 +307,12 @@ def enter(option: str, *settings: Setting, reason: str = "") -> None:
         alone = Setting("True", {cross: True}, needs=CROSS, needs_calls=("context",))
         settings = (
             alone,
-            replace(alone, label="True, context_pos", needs_calls=CROSS_CALLS, refused="cross_attn_l2_distance"),
+            replace(
+                alone,
+                label="True, context_pos",
+                needs_calls=CROSS_CALLS,
+                refused="`context_pos` - use `rotary_pos_emb = True`",
+            ),
         )
     else:
         settings = tuple(of_cross_attention(name, setting) for setting in settings)
@@ -459,10 +464,11 @@ def enter_options_of_the_decoder() -> None:
 
     # what is refused
     on("causal=False", refused="bidirectional")
-    on("attn_l2_distance", refused="`attn_l2_distance")
-    on("attn_use_cope", refused="`attn_use_cope")
+    remedy = "- use `rotary_pos_emb = True` instead"
+    on("attn_l2_distance", refused=f"`attn_l2_distance` {remedy}")
+    on("attn_use_cope", refused=f"`attn_use_cope` {remedy}")
     cope = "attn_cope_max_pos=4 attn_cope_soft_onehot_pos attn_cope_talking_heads"
-    on(cope, needs="attn_use_cope", refused="`attn_use_cope")
+    on(cope, needs="attn_use_cope", refused=f"`attn_use_cope` {remedy}")
 
     # a default of positions, made for rotary, is taken for custom ones
     only_alibi = "only alibi allowed for custom positions"
@@ -523,8 +529,9 @@ def enter_arguments_of_forward() -> None:
     forward("rotary_pos_emb", "table", "rotary_table", inert="the same as without")
     need_pos = "`context_pos` and `rotary_window` need `pos` instead of `rotary_pos_emb`"
     forward("rotary_pos_emb", "table, context_pos", "rotary_table", CROSS, *CROSS_CALLS, refused=need_pos)
+    forward("rotary_window", "all, table", "window", "", "rotary_table", refused=need_pos)
     forward("causal", "True", "causal=True", inert="a decoder is causal")
-    forward("causal", "False", "causal=False", refused="`causal = False`")
+    forward("causal", "False", "causal=False", refused="`causal = False` - use `rotary_pos_emb = True`")
     not_run("the properties pass it", "forward.mems forward.cache forward.input_not_include_cache forward.cache_age")
     not_run("the properties vary it", "forward.seq_pos_offset forward.pos")
     not_run("the wrapper passes it", "forward.return_hiddens")
