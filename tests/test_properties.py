@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import build, decoder_options, models, seeds, shifts, splits, tokens
 from torch import Tensor
 
-from x_transformers import AutoregressiveWrapper, TransformerWrapper
+from x_transformers import TransformerWrapper
 from x_transformers.x_transformers import LayerIntermediates
 
 lengths = st.integers(2, 40)
@@ -70,70 +70,53 @@ def prefill_with_cache(
     return torch.cat(out, dim=1), cache
 
 
-@given(models(), seeds, splits())
-def test_output_at_a_position_does_not_depend_on_what_follows(model, seed, lens):
-    x = tokens(seed, 2, sum(lens))
-
-    full = model(x)
-
-    assert_equal_to_rounding(model(x[:, : lens[0]]), full[:, : lens[0]])
-
-
-@given(models(), seeds, splits())
-def test_decoding_one_token_at_a_time_equals_the_full_forward(model, seed, lens):
-    x = tokens(seed, 2, sum(lens))
-
-    assert_equal_to_rounding(decode(model, x, lens[0]), model(x))
-
-
-@given(models(), seeds, splits())
-def test_decoding_several_tokens_at_once_equals_the_full_forward(model, seed, lens):
-    # as in speculative decoding: the whole sequence is passed, `cache_age` says how much of it is new
-    x = tokens(seed, 2, sum(lens))
+def whole_sequence_and_how_much_is_new(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
+    """As in speculative decoding: `cache_age` says how much of it is new."""
     out, cache, end = [], None, 0
-
     for new in lens:
         end += new
         logits, cache = model(x[:, :end], cache=cache, cache_age=new, return_intermediates=True)
         out.append(logits)
-
-    assert_equal_to_rounding(torch.cat(out, dim=1), model(x))
-
-
-@given(models(), seeds, splits())
-def test_prefill_in_chunks_equals_the_full_forward(model, seed, lens):
-    x = tokens(seed, 2, sum(lens))
-
-    assert_equal_to_rounding(prefill(model, x, lens), model(x))
+    return torch.cat(out, dim=1)
 
 
-@given(models(), seeds, splits())
-def test_decoding_through_attention_layers_alone_equals_the_full_forward(model, seed, lens):
-    # without the wrapper the layers take the offset from the cache
-    layers = model.attn_layers
-    x = torch.randn(2, sum(lens), layers.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    out, cache = [], None
-
-    for chunk in x.split(lens, dim=1):
-        hidden, cache = layers(chunk, cache=cache, cache_age=chunk.shape[1], return_hiddens=True)
-        out.append(hidden)
-
-    assert_equal_to_rounding(torch.cat(out, dim=1), layers(x))
-
-
-@given(models(max_mem_len=1024), seeds, splits())
-def test_segments_with_mems_equal_the_full_forward(model, seed, lens):
-    x = tokens(seed, 2, sum(lens))
+def segments(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
     out, mems = [], None
-
     for segment in x.split(lens, dim=1):
         logits, mems = model(segment, mems=mems, return_mems=True)
         out.append(logits)
+    return torch.cat(out, dim=1)
 
-    assert_equal_to_rounding(torch.cat(out, dim=1), model(x))
+
+def layers_alone(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
+    """Without the wrapper, that gives them the offset otherwise, the layers take it from the cache."""
+    out, cache = [], None
+    for chunk in model.token_emb(x).split(lens, dim=1):
+        hidden, cache = model.attn_layers(chunk, cache=cache, cache_age=chunk.shape[1], return_hiddens=True)
+        out.append(hidden)
+    return model.to_logits(torch.cat(out, dim=1))
 
 
-@given(models(max_mem_len=1024), seeds, splits(), splits())
+WAYS = {
+    "prefix, then all": lambda model, x, lens: torch.cat((model(x[:, : lens[0]]), model(x)[:, lens[0] :]), dim=1),
+    "one token at a time": lambda model, x, lens: decode(model, x, lens[0]),
+    "several tokens at once": whole_sequence_and_how_much_is_new,
+    "chunks": prefill,
+    "segments with mems": segments,
+    "layers alone": layers_alone,
+    "prefix prepended": lambda model, x, lens: model(x[:, lens[0] :], prepend_embeds=model.token_emb(x[:, : lens[0]])),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(models(max_mem_len=1024), seeds, splits())
+def test_what_is_computed_in_parts_equals_the_full_forward(way, model, seed, lens):
+    x = tokens(seed, 2, sum(lens))
+
+    assert_equal_to_rounding(WAYS[way](model, x, lens), model(x))
+
+
+@given(models(max_mem_len=1024), seeds, splits(max_len=12), splits(max_len=12))
 def test_decoding_with_mems_equals_the_full_forward(model, seed, mem_lens, lens):
     x = tokens(seed, 2, sum(mem_lens) + sum(lens))
     mems = None
@@ -148,7 +131,7 @@ def test_decoding_with_mems_equals_the_full_forward(model, seed, mem_lens, lens)
     assert_equal_to_rounding(prefill(model, segment, lens, mems=mems), expected)
 
 
-@given(models(), seeds, lengths, st.lists(st.integers(0, 20), min_size=1, max_size=3))
+@given(models(), seeds, st.integers(2, 12), st.lists(st.integers(0, 20), min_size=1, max_size=3))
 def test_left_padding_changes_nothing(model, seed, seq_len, pads):
     batch, widest = len(pads), max(pads)
     x = tokens(seed, batch, seq_len)
@@ -213,59 +196,6 @@ def test_positions_with_gaps_decode_as_the_full_forward(model, seed, lens, data)
     rest = model(x, pos=pos, cache=cache, cache_age=seq_len - lens[0])
 
     assert_equal_to_rounding(rest, full[:, lens[0] :])
-
-
-@given(models(), seeds, splits(), st.integers(1, 12))
-def test_prepended_embeddings_are_positions_like_any_other(model, seed, lens, num_prepended):
-    x = tokens(seed, 2, sum(lens))
-    prefix = tokens(seed + 1, 2, num_prepended)
-    embeds = model.token_emb(prefix)
-
-    full = model(torch.cat((prefix, x), dim=1))
-
-    assert_equal_to_rounding(model(x, prepend_embeds=embeds), full)
-    assert_equal_to_rounding(decode(model, x, lens[0], prepend_embeds=embeds), full)
-
-
-@given(models(num_memory_tokens=3), seeds, splits())
-def test_memory_tokens_keep_prefix_consistency(model, seed, lens):
-    x = tokens(seed, 2, sum(lens))
-
-    assert_equal_to_rounding(model(x[:, : lens[0]]), model(x)[:, : lens[0]])
-
-
-@given(
-    models(num_memory_tokens=2, memory_tokens_interspersed_every=4),
-    seeds,
-    st.integers(1, 5),
-    st.integers(1, 5),
-)
-def test_interspersed_memory_tokens_keep_prefix_consistency(model, seed, blocks, more_blocks):
-    prefix_len = 4 * blocks
-    x = tokens(seed, 2, prefix_len + 4 * more_blocks)
-
-    assert_equal_to_rounding(model(x[:, :prefix_len]), model(x)[:, :prefix_len])
-
-
-@given(models(), seeds, lengths)
-def test_a_row_of_a_batch_answers_as_alone(model, seed, seq_len):
-    x = tokens(seed, 3, seq_len)
-
-    together = model(x)
-
-    for row in range(3):
-        assert_equal_to_rounding(together[row : row + 1], model(x[row : row + 1]))
-
-
-@given(models(), seeds, st.integers(1, 12), st.integers(1, 24))
-def test_greedy_generation_is_the_same_with_and_without_a_cache(model, seed, prompt_len, num_new):
-    prompt = tokens(seed, 2, prompt_len)
-    wrapper = AutoregressiveWrapper(model)
-
-    cached = wrapper.generate(prompt, num_new, temperature=0.0, cache_kv=True)
-    uncached = wrapper.generate(prompt, num_new, temperature=0.0, cache_kv=False)
-
-    assert torch.equal(cached, uncached)
 
 
 @given(decoder_options(), seeds, seeds, splits())

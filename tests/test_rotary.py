@@ -60,11 +60,9 @@ def table(rotary: RotaryEmbedding, pos: Tensor, offset: int | Tensor, seq_len: i
     return rotary(pos, **(dict(offset=offset, seq_len=seq_len) if has_window else {}))
 
 
-def rotated_scores(rotary: RotaryEmbedding, q: Tensor, k: Tensor, offset: int) -> Tensor:
-    """Scores (i, j) of queries (i, d), the last of the positions of the keys (j, d), which start at `offset`."""
-    i, j = q.shape[0], k.shape[0]
-    pos = torch.arange(offset, offset + j)
-    freqs, scale = table(rotary, pos, offset + j - i, i)
+def rotated_scores(rotary: RotaryEmbedding, q: Tensor, k: Tensor, k_pos: Tensor) -> Tensor:
+    """Scores (i, j) of queries (i, d), at the last of the positions of the keys (j, d)."""
+    freqs, scale = table(rotary, k_pos, int(k_pos[-len(q)]), len(q))
 
     q = apply_rotary_pos_emb(q[None, None], freqs, scale)
     k = apply_rotary_pos_emb(k[None, None], freqs, scale**-1.0)
@@ -88,7 +86,7 @@ def test_scores_equal_the_formula_to_the_rounding_of_the_dtype(dim, dtype, seed,
     k_pos = torch.arange(offset, offset + len(k))
     q_pos = k_pos[-num_queries:]
 
-    error = rotated_scores(rotary, q, k, offset) - xpos_score(q, k, q_pos, k_pos, scale_base=scale_base)
+    error = rotated_scores(rotary, q, k, k_pos) - xpos_score(q, k, q_pos, k_pos, scale_base=scale_base)
 
     # a query never meets the keys after it
     met = k_pos[None, :] <= q_pos[:, None]
@@ -103,13 +101,23 @@ def test_one_query_against_a_long_cache_equals_the_formula(dtype, context):
     # unit-normal q and k given in the dtype; relative to the largest score
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
     rotary = RotaryEmbedding(64, use_xpos=True).to(dtype)
-    q, k = randn(0, 1, 64).to(dtype), randn(1, context, 64).to(dtype)
-    k_pos = torch.arange(context)
+    # every 97th key, and all that are near
+    k_pos = torch.cat((torch.arange(0, context - 1_000, 97), torch.arange(context - 1_000, context)))
+    q, k = randn(0, 1, 64).to(dtype), randn(1, len(k_pos), 64).to(dtype)
     expected = xpos_score(q, k, k_pos[-1:], k_pos)
 
-    error = rotated_scores(rotary, q, k, 0) - expected
+    error = rotated_scores(rotary, q, k, k_pos) - expected
 
     assert error.abs().max() <= tolerance * expected.abs().max()
+
+
+def assert_sampled_rows_equal_the_formula(q: Tensor, k: Tensor, rotated_q: Tensor, rotated_k: Tensor) -> None:
+    pos = torch.arange(len(q))
+    for row in torch.linspace(0, len(q) - 1, 9).long().tolist():
+        seen = slice(0, row + 1)
+        expected = xpos_score(q[row, None], k[seen], pos[row, None], pos[seen])
+        error = rotated_q[row, None].double() @ rotated_k[seen].double().T - expected
+        assert error.abs().max() <= 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("seq_len", [4_096, 65_536])
@@ -117,20 +125,16 @@ def test_one_query_against_a_long_cache_equals_the_formula(dtype, context):
 def test_many_queries_at_once_equal_the_formula(seq_len):
     rotary = RotaryEmbedding(64, use_xpos=True)
     q, k = randn(0, seq_len, 64).float(), randn(1, seq_len, 64).float()
-    pos = torch.arange(seq_len)
-    freqs, scale = table(rotary, pos, 0, seq_len)
-    rotated_q = apply_rotary_pos_emb(q[None, None], freqs, scale)[0, 0].double()
-    rotated_k = apply_rotary_pos_emb(k[None, None], freqs, scale**-1.0)[0, 0].double()
+    freqs, scale = table(rotary, torch.arange(seq_len), 0, seq_len)
+    rotated_q = apply_rotary_pos_emb(q[None, None], freqs, scale)[0, 0]
+    rotated_k = apply_rotary_pos_emb(k[None, None], freqs, scale**-1.0)[0, 0]
 
-    for row in torch.linspace(0, seq_len - 1, 9).long().tolist():
-        seen = slice(0, row + 1)
-        expected = xpos_score(q[row, None], k[seen], pos[row, None], pos[seen])
-        error = rotated_q[row, None] @ rotated_k[seen].T - expected
-        assert error.abs().max() <= 1e-6 * expected.abs().max()
+    assert_sampled_rows_equal_the_formula(q, k, rotated_q, rotated_k)
 
 
+@pytest.mark.parametrize("attends", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.regression
-def test_many_queries_at_once_through_a_model_equal_the_formula():
+def test_many_queries_at_once_through_a_model_equal_the_formula(attends):
     seq_len, dim_head = 65_536, 64
     options = dict(attn_dim_head=dim_head, attn_flash=True, rotary_xpos=True, rotary_emb_dim=dim_head)
     decoder = randomize_(Decoder(dim=dim_head, depth=1, heads=1, **options), 0).eval().requires_grad_(False)
@@ -138,33 +142,28 @@ def test_many_queries_at_once_through_a_model_equal_the_formula():
     seen: dict[str, Tensor] = {}
     attention.to_q.register_forward_hook(lambda module, args, out: seen.update(q=out[0].clone()))
     attention.to_k.register_forward_hook(lambda module, args, out: seen.update(k=out[0].clone()))
-
     attention.attend.register_forward_pre_hook(
-        lambda module, args: seen.update(rotated_q=args[0][0, 0].double(), rotated_k=args[1][0, 0].double())
+        lambda module, args: seen.update(rotated_q=args[0][0, 0], rotated_k=args[1][0, 0])
     )
+    if not attends:  # attention itself takes long
+        attention.attend.forward = lambda q, k, v, **_: (v, Intermediates())
 
     assert torch.isfinite(decoder(randn(0, 1, seq_len, dim_head).float())).all()
 
-    pos = torch.arange(seq_len)
-    for row in torch.linspace(0, seq_len - 1, 9).long().tolist():
-        seen_by_row = slice(0, row + 1)
-        expected = xpos_score(seen["q"][row, None], seen["k"][seen_by_row], pos[row, None], pos[seen_by_row])
-        error = seen["rotated_q"][row, None] @ seen["rotated_k"][seen_by_row].T - expected
-        assert error.abs().max() <= 1e-6 * expected.abs().max()
+    assert_sampled_rows_equal_the_formula(**seen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.regression
-def test_attention_over_a_cache_of_100_000_equals_the_formula(dtype, seed):
+def test_attention_over_a_cache_of_100_000_equals_the_formula(dtype):
     # the whole of AttentionLayers: one token decoded against a cache that is given
     context, dim_head = 100_000, 32
     decoder = Decoder(dim=dim_head, depth=1, heads=1, attn_dim_head=dim_head, rotary_xpos=True, rotary_emb_dim=dim_head)
     decoder = decoder.to(dtype).eval().requires_grad_(False)
     attention = next(m for m in decoder.modules() if isinstance(m, Attention))
 
-    x = randn(seed, 1, 1, dim_head).to(dtype)
-    past = randn(seed + 1, 1, 1, context - 1, dim_head).to(dtype)
+    x = randn(0, 1, 1, dim_head).to(dtype)
+    past = randn(1, 1, 1, context - 1, dim_head).to(dtype)
     cached = Intermediates(cached_kv=(past, past), layer_type="a")
 
     queries: list[Tensor] = []
@@ -473,7 +472,7 @@ def test_factors_equal_the_formula_to_the_rounding_of_the_dtype(dim, unrotated, 
     assert (error.abs() <= bound + 64 * torch.finfo(torch.float64).eps)[met].all()
 
 
-@given(dims, seeds, st.integers(1, 9), st.booleans())
+@given(st.sampled_from([4, 8]), seeds, st.integers(1, 4), st.booleans())
 def test_gradients_through_factors_are_right(dim, seed, seq_len, partial):
     rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=8).double()
     table = XPosTable(*rotary(torch.arange(seq_len), seq_len=seq_len)).with_factors(seq_len, dim + 4 * partial)
