@@ -1,24 +1,29 @@
-"""What the fork adds beside upstream's modules: a check that xPos is right on this machine.
+"""What the fork adds beside upstream's modules: a check that xPos is right on this machine, its limits, a conversion.
 
     python -m x_transformers.xpos
 
-runs small models with `rotary_xpos=True` over real text and compares what must be the same: see `properties`. The
-same from Python:
+It works on an unpatched x_transformers too, and says what is wrong with it. Imports go down alone:
 
-    >>> import torch
-    >>> from x_transformers.xpos import Subject, check
-    >>> text = torch.randint(256, (256,))
-    >>> subject = Subject(text, 256, device=torch.device("cpu"), dtype=torch.float32)
-    >>> [result.name for result in check(subject) if not result.passed]   # doctest: +SKIP
-    []
-
-It works on an unpatched x_transformers too, and says what is wrong with it.
+    __main__                        the command line
+      report                        the outcome of a check as text, JSON and a plot
+        judge                       the verdict on every property of a model
+          properties                what must hold, stated once for every model
+            ours                    the check's own models, their text, and their attention observed
+              subject               a model, its texts, and how far its answers may be apart
+                runs                ways to run a model that must give the same
+                  net               one way to call a model, ours or the user's, and its twin with plain rotary
+                    formula         the score of the paper, in float64
+      theirs                        the user's model, built and searched for xPos      (net)
+      limits                        how many queries fit into one call                 (formula)
+      migration                     a checkpoint of upstream's, converted and proven   (subject, theirs)
+        checkpoint, migrate         files of weights; the factor of the memory keys
+      package, provenance           which package this is, and whether it is as it was built
 """
 
 from __future__ import annotations
 
+from .judge import Result, check
 from .migrate import fold_mem_kv_
-from .properties import Result, check
-from .subject import Point, Subject
+from .ours import Ours
 
-__all__ = ["Point", "Result", "Subject", "check", "fold_mem_kv_"]
+__all__ = ["Ours", "Result", "check", "fold_mem_kv_"]

@@ -12,20 +12,27 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import torch
 
-from . import checkpoint, limits, migration, model_properties, models, package, properties, report, text, user_model
-from .subject import MIN_LEN, Subject
+from . import checkpoint, judge, limits, migration, ours, package, report, theirs
+from .net import SEED, ModelError, Net
+from .subject import MIN_LEN, ROWS, Subject, longest
 
 PROG = "python -m x_transformers.xpos"
-DEFAULT_MAX_LEN = 4_096
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_MAX_LEN = 1_024
+DEFAULT_MAX_LEN_OF_MODEL = 512
+DTYPES = limits.DTYPES
 
+_NO_POSITIONS = (
+    "without positions the output is the same, so that little can be said about them: "
+    "are the weights those of training?"
+)
 _USAGE_AND_INTERRUPT = (
     "2 usage error: an argument, a file or a model that cannot be used, in one line on standard error, 130 interrupted."
 )
@@ -82,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
-    except (UsageError, text.TextError, report.PlotError, user_model.ModelError, checkpoint.CheckpointError) as error:
+    except (UsageError, ours.TextError, report.PlotError, ModelError, checkpoint.CheckpointError) as error:
         print(f"{PROG} {options.name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -103,36 +110,31 @@ def _parser() -> argparse.ArgumentParser:
   {PROG} migrate old.pt --model train:build_model --length 2048 --output new.pt
   {PROG} COMMAND --help
 
-exit status:
-  0    all is well
-  1    a property fails, or the package is unpatched or modified
-  2    usage error: an argument, a file or a model that cannot be used
-  130  interrupted""",
+exit status: 0 all is well, 1 a property fails, or the package is unpatched or modified,
+{_USAGE_AND_INTERRUPT}""",
     )
     commands = parser.add_subparsers(metavar="COMMAND", dest="name", required=True)
     _add_check(commands)
     _add_limits(commands)
     _add_migrate(commands)
-    _add_options(commands)
     return parser
 
 
-def _add_command(
-    commands: argparse._SubParsersAction[_Parser],
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    **texts: Any,
-) -> _Parser:
+def _command(
+    commands: argparse._SubParsersAction[_Parser], run: Callable[[argparse.Namespace], int], **texts: Any
+) -> Callable[..., argparse.Action]:
+    """What adds the arguments of the command that `run` is named after."""
+    name = run.__name__.removeprefix("run_")
+    texts["epilog"] += f",\n{_USAGE_AND_INTERRUPT}"
     parser = commands.add_parser(name, allow_abbrev=False, formatter_class=_Help, **texts)
     parser.set_defaults(command=run)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output instead of text")
-    return parser
+    return parser.add_argument
 
 
 def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
-    check = _add_command(
+    add = _command(
         commands,
-        "check",
         run_check,
         help="say whether xPos is right here, on small models or on your own (the default)",
         description="Run models with rotary_xpos=True over whole texts and compare what must be the same: prefixes,\n"
@@ -145,35 +147,25 @@ def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
       where train.py, in the current directory, has a function build_model() without arguments that returns
       a TransformerWrapper, a Decoder, or any torch.nn.Module with one in it
 
-exit status: 0 all is well, 1 a property fails or the package is unpatched or modified,
-{_USAGE_AND_INTERRUPT}""",
+exit status: 0 all is well, 1 a property fails or the package is unpatched or modified""",
     )
-    check.add_argument(
-        "--model",
-        metavar="MODULE:FACTORY",
-        help="check your own model: what FACTORY of MODULE returns, called without arguments",
-    )
-    check.add_argument(
-        "--device", help="where to run, as torch names it (default: cpu; with --model, where the model is)"
-    )
-    check.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="of the model (default: float32; with --model, the model's)"
-    )
-    check.add_argument(
+    add("--model", metavar="MODULE:FACTORY", help="your own model: what FACTORY of MODULE returns, without arguments")
+    add("--device", help="where to run, as torch names it (default: cpu; with --model, where the model is)")
+    add("--dtype", choices=tuple(DTYPES), help="of the model (default: float32; with --model, the model's)")
+    add(
         "--max-len",
         type=_whole_number,
         metavar="N",
-        help=f"how much text to read in one call, at least {MIN_LEN} bytes (default: {DEFAULT_MAX_LEN}); with --model "
-        f"at least {model_properties.MIN_LEN} tokens (default: {model_properties.DEFAULT_MAX_LEN}, or all it can read)",
+        help=f"how much text to read in one call, at least {MIN_LEN} (default: {DEFAULT_MAX_LEN} bytes; with --model "
+        f"{DEFAULT_MAX_LEN_OF_MODEL} tokens, or all that it can read)",
     )
-    check.add_argument("--text", metavar="FILE", help="the text to read (default: the topics of Python's own help)")
-    check.add_argument("--plot", metavar="FILE", help="draw deviation against length; needs the extra `plot`")
+    add("--text", metavar="FILE", help="the text to read (default: the topics of Python's own help)")
+    add("--plot", metavar="FILE", help="draw deviation against length; needs the extra `plot`")
 
 
 def _add_limits(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(
+    add = _command(
         commands,
-        "limits",
         run_limits,
         help="say how many queries fit into one call, by dtype, and what a longer one needs",
         description="How many queries fit into one call before xPos leaves the range of the dtype, as the package\n"
@@ -182,32 +174,18 @@ def _add_limits(commands: argparse._SubParsersAction[_Parser]) -> None:
   {PROG} limits
   {PROG} limits --scale-base 2048 --length 100000
 
-exit status: 0, whether or not the length fits,
-{_USAGE_AND_INTERRUPT}""",
+exit status: 0, whether or not the length fits""",
     )
-    parser.add_argument(
-        "--dim",
-        type=_whole_number,
-        default=32,
-        metavar="D",
-        help="rotated dims of a head, rotary_emb_dim (default: %(default)s, that of a Decoder with heads of 64)",
-    )
-    parser.add_argument(
-        "--scale-base",
-        type=_number,
-        default=512.0,
-        metavar="S",
-        help="rotary_xpos_scale_base (default: 512, that of a Decoder)",
-    )
-    parser.add_argument(
-        "--length", type=_whole_number, metavar="N", help="also say which scale base N queries in one call need"
-    )
+    dim_help = "rotated dims of a head, rotary_emb_dim (default: %(default)s, that of a Decoder with heads of 64)"
+    base_help = "rotary_xpos_scale_base (default: 512, that of a Decoder)"
+    add("--dim", type=_whole_number, default=32, metavar="D", help=dim_help)
+    add("--scale-base", type=_number, default=512.0, metavar="S", help=base_help)
+    add("--length", type=_whole_number, metavar="N", help="also say which scale base N queries in one call need")
 
 
 def _add_migrate(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(
+    add = _command(
         commands,
-        "migrate",
         run_migrate,
         help="convert a checkpoint with memory keys (attn_num_mem_kv) that was trained without this fork",
         description="Convert a checkpoint of a model with rotary_xpos=True and attn_num_mem_kv that was trained on\n"
@@ -218,167 +196,129 @@ def _add_migrate(commands: argparse._SubParsersAction[_Parser]) -> None:
   {PROG} migrate step9.pt --key model --model train:build_model --length 2048 --output new.pt
   {PROG} migrate a.safetensors --model train:build_model --length 2048 --output b.safetensors
 
-exit status: 0 converted, 1 the answers are not those of before, and nothing was written,
-{_USAGE_AND_INTERRUPT}""",
+exit status: 0 converted, 1 the answers are not those of before, and nothing was written""",
     )
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a state dict of torch.save, alone or in a dict, or a .safetensors file; never written to",
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="MODULE:FACTORY",
-        help="what FACTORY of MODULE returns, called without arguments, is the model that the checkpoint is of",
-    )
-    parser.add_argument(
-        "--length",
-        required=True,
-        type=_whole_number,
-        metavar="N",
-        help="the length trained at, in positions: tokens, memory tokens and whatever was prepended",
-    )
-    parser.add_argument("--output", required=True, metavar="OUT", help="the file to write; it must not exist yet")
-    parser.add_argument("--key", metavar="KEY", help="where in a dict the state dict is, as in model or state.model")
-    parser.add_argument("--dry-run", action="store_true", help="convert and compare, and write nothing")
-
-
-def _add_options(commands: argparse._SubParsersAction[_Parser]) -> None:
-    _add_command(
-        commands,
-        "options",
-        run_options,
-        help="compare xPos with plain rotary with every option of a decoder turned on",
-        description="Turn on every option of a decoder, and say where xPos lacks what plain rotary has with it. Takes\n"
-        "about half a minute.",
-        epilog=f"""examples:
-  {PROG} options
-  {PROG} options --json
-
-exit status: 0 xPos keeps all that plain rotary has, 1 it does not or an option is unclassified,
-{_USAGE_AND_INTERRUPT}""",
-    )
-
-
-def run_options(options: argparse.Namespace) -> int:
-    if not models.accepts("pos"):
-        raise UsageError(f"the survey is about the options of x-transformers 2.x, not of {package.describe().release}")
-    # not at the top: it imports what a release like that lacks
-    from . import survey
-
-    progress = Progress(sys.stderr, len(survey.ENTRIES))
-    rows = survey.survey(lambda option: progress(option, ""))
-    progress.clear()
-    _write(sys.stdout, (survey.document(rows) if options.json else survey.format_table(rows)) + "\n")
-    return 0 if all(row.passed for row in rows) and not survey.unclassified() else 1
+    source_help = "a state dict of torch.save, alone or in a dict, or a .safetensors file; never written to"
+    model_help = "the model that the checkpoint is of: what FACTORY of MODULE returns, without arguments"
+    length_help = "the length trained at, in positions: tokens, memory tokens and whatever was prepended"
+    add("checkpoint", metavar="CHECKPOINT", help=source_help)
+    add("--model", required=True, metavar="MODULE:FACTORY", help=model_help)
+    add("--length", required=True, type=_whole_number, metavar="N", help=length_help)
+    add("--output", required=True, metavar="OUT", help="the file to write; it must not exist yet")
+    add("--key", metavar="KEY", help="where in a dict the state dict is, as in model or state.model")
+    add("--dry-run", action="store_true", help="convert and compare, and write nothing")
 
 
 def run_check(options: argparse.Namespace) -> int:
-    if options.model is not None:
-        return run_check_of_model(options)
     started = time.monotonic()
-    dtype_name = options.dtype or "float32"
-    dtype = DTYPES[dtype_name]
-    max_len = _max_len(DEFAULT_MAX_LEN if options.max_len is None else options.max_len, dtype_name)
-    device = _device(options.device or "cpu", dtype)
-    content = text.read(options.text, max_len)
-    if options.plot is not None:
-        report.prepare_plot(options.plot)
-
-    found = package.describe()
-    left_out = properties.left_out()
-    progress = Progress(sys.stderr, len(properties.PROPERTIES) - len(left_out))
-    subject = Subject(torch.tensor(list(content)), max_len, device=device, dtype=dtype)
-    results = properties.check(subject, progress)
-    progress.clear()
-
-    outcome = report.Report(
-        package=found,
-        run={
-            "device": str(device),
-            "dtype": dtype_name,
-            "max_len": max_len,
-            "text": options.text or text.DEFAULT_NAME,
-            "model": models.SUMMARY,
-            "seed": models.SEED,
-            "torch": torch.__version__,
-            "seconds": round(time.monotonic() - started, 1),
-        },
-        results=results,
-        logit_factor=subject.logit_factor,
-        left_out=left_out,
-    )
-    return _report(outcome, options)
-
-
-def run_check_of_model(options: argparse.Namespace) -> int:
-    started = time.monotonic()
-    if options.text is not None:
-        raise UsageError("argument --text: with --model the texts are random token ids or hidden states; leave it out")
     dtype = DTYPES[options.dtype] if options.dtype is not None else None
     device = _device(options.device, dtype or torch.float32) if options.device is not None else None
-    if options.plot is not None:
-        report.prepare_plot(options.plot)
+    with theirs.undisturbed():
+        if options.model is not None:
+            checked = _user_model(options, dtype, device)
+        else:
+            checked = _our_model(options, dtype or torch.float32, device or torch.device("cpu"))
+        if options.plot is not None:
+            report.prepare_plot(options.plot)
 
-    results: list[properties.Result] = []
-    left_out: list[properties.LeftOut] = []
-    tested, notes, subjects = [], [], []
-    with user_model.undisturbed():
-        model = user_model.build(options.model)
-        targets = user_model.find(options.model, model)
-        # all of them before any work is done
-        for target in targets:
-            net, note = user_model.open_net(options.model, target, dtype, device)
-            subject = model_properties.ModelSubject(net, _max_len_of_model(options.max_len, net))
-            kind = "token ids" if net.reads_tokens else "hidden states"
-            subjects.append(subject)
-            tested.append(f"{target.summary}; {subject.max_len:,} random {kind}")
-            notes += [note] if note else []
-
-        progress = Progress(sys.stderr, len(model_properties.PROPERTIES) * len(targets))
-        for target, subject in zip(targets, subjects):
-            prefix = f"{target.path or type(target.module).__name__}: " if len(targets) > 1 else ""
-            of_target, not_of_target = model_properties.check(
-                subject,
-                lambda name, step, prefix=prefix: progress(prefix + name, step),  # type: ignore[misc]
-            )
-            results += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in of_target]
-            left_out += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in not_of_target]
+        results, left_out = [], []
+        notes = list(checked.notes)
+        progress = Progress(sys.stderr, sum(len(judge.plan(subject)[0]) for subject in checked.subjects.values()))
+        for name, subject in checked.subjects.items():
+            prefix = f"{name}: " if len(checked.subjects) > 1 else ""
+            found, lacking = judge.check(subject, partial(_prefixed, progress, prefix))
+            results += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in found]
+            left_out += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in lacking]
             if not subject.positions_matter():
-                notes.append(
-                    f"{prefix}without positions the output is the same, so that little can be said about them: "
-                    "are the weights those of training?"
-                )
+                notes.append(f"{prefix}{_NO_POSITIONS}")
         progress.clear()
 
-    net = subjects[0].net
+    subjects = list(checked.subjects.values())
     outcome = report.Report(
         package=package.describe(),
         run={
-            "device": str(net.device),
-            "dtype": str(net.dtype).removeprefix("torch."),
+            "device": str(subjects[0].net.device),
+            "dtype": str(subjects[0].net.dtype).removeprefix("torch."),
             "max_len": max(subject.max_len for subject in subjects),
-            "text": "random",
-            "model": f"{options.model}, {user_model.kind_of(model)}",
-            "seed": models.SEED,
+            "text": checked.text,
+            "model": checked.model,
+            "seed": SEED,
             "torch": torch.__version__,
             "seconds": round(time.monotonic() - started, 1),
         },
         results=tuple(results),
         logit_factor=max(subject.logit_factor for subject in subjects),
         left_out=tuple(left_out),
-        tested=tuple(tested),
+        tested=checked.tested,
         notes=tuple(notes),
     )
-    return _report(outcome, options)
-
-
-def _report(outcome: report.Report, options: argparse.Namespace) -> int:
     _write(sys.stdout, (report.document(outcome) if options.json else report.table(outcome)) + "\n")
     if options.plot is not None:
         report.plot(outcome, options.plot)
     return 0 if outcome.passed else 1
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check is of: subjects by name, what to call the model and the text, and what was tested of a user's."""
+
+    subjects: Mapping[str, Subject]
+    model: str
+    text: str
+    tested: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def _our_model(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Checked:
+    max_len = _max_len(options.max_len, DEFAULT_MAX_LEN, Net(ours.build().module.to(dtype)))
+    subject = ours.Ours(ours.read_text(options.text, max_len), device, dtype)
+    return Checked({"": subject}, ours.SUMMARY, options.text or ours.TEXT)
+
+
+def _user_model(options: argparse.Namespace, dtype: torch.dtype | None, device: torch.device | None) -> Checked:
+    if options.text is not None:
+        raise UsageError("argument --text: with --model the texts are random token ids or hidden states; leave it out")
+    subjects, tested, notes = {}, [], []
+    model = theirs.build(options.model)
+    for target in theirs.find(options.model, model):
+        net, note = theirs.open_net(options.model, target, dtype, device)
+        max_len = _max_len(options.max_len, DEFAULT_MAX_LEN_OF_MODEL, net)
+        subjects[target.path or type(target.module).__name__] = Subject(net, net.inputs(ROWS, max_len))
+        tested.append(f"{target.summary}; {max_len:,} random {'token ids' if net.reads_tokens else 'hidden states'}")
+        notes += [note] if note else []
+    return Checked(subjects, f"{options.model}, {theirs.kind_of(model)}", "random", tuple(tested), tuple(notes))
+
+
+def _prefixed(progress: Progress, prefix: str, name: str, step: str) -> None:
+    progress(prefix + name, step)
+
+
+def _max_len(asked: int | None, default: int, net: Net) -> int:
+    largest, reason = longest(net)
+    if largest < MIN_LEN:
+        raise UsageError(
+            f"argument --model: it can read {largest} positions in one call, and {MIN_LEN} are needed: {reason}"
+        )
+    value = min(default, largest) if asked is None else asked
+    if value < MIN_LEN:
+        raise UsageError(f"argument --max-len: {value} is too small; give {MIN_LEN} or more")
+    if value > largest:
+        raise UsageError(f"argument --max-len: {value} is too large, as {reason}; give {largest} or fewer")
+    return value
+
+
+def _device(name: str, dtype: torch.dtype) -> torch.device:
+    try:
+        device = torch.device(name)
+        ones = torch.ones(2, 2, device=device, dtype=dtype)
+        (ones @ ones).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        of = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"argument --device: cannot use {name!r} with --dtype {of}: {reason}; give a device of this machine, as cpu"
+        ) from None
+    return device
 
 
 def run_limits(options: argparse.Namespace) -> int:
@@ -398,10 +338,10 @@ def run_limits(options: argparse.Namespace) -> int:
 def run_migrate(options: argparse.Namespace) -> int:
     source, output = Path(options.checkpoint), Path(options.output)
     checkpoint.check_paths(source, output)
-    with user_model.undisturbed():
+    with theirs.undisturbed():
         loaded = checkpoint.read(source, options.key)
-        model = user_model.build(options.model)
-        user_model.find(options.model, model)
+        model = theirs.build(options.model)
+        theirs.find(options.model, model)
         outcome = migration.migrate(options.model, model, loaded, options.length)
     written = outcome.passed and not options.dry_run
     if written:
@@ -448,50 +388,6 @@ def _number(value: str) -> float:
         return float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
-
-
-def _max_len_of_model(asked: int | None, net: user_model.Net) -> int:
-    longest, reason = model_properties.longest(net)
-    shortest = model_properties.MIN_LEN
-    if longest < shortest:
-        raise UsageError(
-            f"argument --model: it can read {longest} positions in one call, and {shortest} are needed: {reason}"
-        )
-    if asked is None:
-        return min(model_properties.DEFAULT_MAX_LEN, longest)
-    if asked < shortest:
-        raise UsageError(f"argument --max-len: {asked} is too small; give {shortest} or more")
-    if asked > longest:
-        raise UsageError(
-            f"argument --max-len: {asked} is too large for this model, as {reason}; give {longest} or fewer"
-        )
-    return asked
-
-
-def _max_len(value: int, dtype: str) -> int:
-    if value < MIN_LEN:
-        raise UsageError(f"argument --max-len: {value} is too small; give {MIN_LEN} or more")
-    longest = models.longest_window(DTYPES[dtype], masked=True)
-    if value > longest:
-        raise UsageError(
-            f"argument --max-len: {value} queries in one call leave the range of {dtype}; give {longest} or fewer, "
-            "or a --dtype of wider range"
-        )
-    return value
-
-
-def _device(name: str, dtype: torch.dtype) -> torch.device:
-    try:
-        device = torch.device(name)
-        ones = torch.ones(2, 2, device=device, dtype=dtype)
-        (ones @ ones).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"argument --device: cannot use {name!r} with --dtype {str(dtype).removeprefix('torch.')}: "
-            f"{reason.rstrip('.')}; give a device of this machine, as cpu"
-        ) from None
-    return device
 
 
 def _write(stream: TextIO, output: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from x_transformers import Attention
 from x_transformers.x_transformers import AttentionLayers
 
-from . import models
+from .net import rotates_neighbors
 
 GAMMA = 0.4
 
@@ -69,7 +69,7 @@ def folds(model: nn.Module, seq_len: int, *, context_pos: bool = False) -> list[
         dim = 2 * rotary.inv_freq.shape[0]
         pair = torch.arange(0, dim, 2, dtype=torch.float64) / dim
         factor = ((pair + GAMMA) / (1 + GAMMA)) ** (-(seq_len // 2) / rotary.scale_base)
-        factor = factor.repeat_interleave(2) if models.rotates_neighbors() else factor.repeat(2)
+        factor = factor.repeat_interleave(2) if rotates_neighbors() else factor.repeat(2)
         # 1.27.5 rotates all heads
         num_heads = getattr(attention, "rotate_num_heads", attention.heads)
         result.append(Fold(attention.mem_k, num_heads, factor))

@@ -5,8 +5,8 @@ what upstream did at the length trained at. There the table of rotary embeddings
 window, and where it has the position of the memory keys it leaves them as they are. That must be what the converted
 weights give with no more said. What may differ is what the folded memory keys are rounded by, so the tolerance is 4
 times what their own rounding does to the same answers: the worst that comes of changing each element by one unit
-roundoff, up or down at random. In float64 the two also differ in how exact the angles are, for which `model_properties`
-has a tolerance.
+roundoff, up or down at random. In float64 the two also differ in how exact the angles are, for which `subject` has a
+tolerance.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint as files
-from . import models, user_model
+from . import theirs
 from .checkpoint import Checkpoint, CheckpointError
+from .limits import longest_window
 from .migrate import Fold, folds
-from .model_properties import ModelSubject
-from .subject import deviation, unit_roundoff
-from .user_model import Inputs, Net
+from .net import Inputs, Net, duplicate
+from .runs import deviation
+from .subject import ROWS, Subject, unit_roundoff
 
 # Positions that are compared: what they attend to is the same for each, and n * n scores in float64 are large.
 LONGEST_COMPARED = 1_024
@@ -136,17 +137,17 @@ def _compare(
 ) -> tuple[int, float, float, float]:
     """How many positions were compared, how far apart they are, how far they may be, and the largest of them."""
     compared, apart, tolerance, size = length, 0.0, 0.0, 0.0
-    for number in range(len(user_model.find(spec, model))):
+    for number in range(len(theirs.find(spec, model))):
         nets = []
         off_by_one = [
             {name: _one_roundoff(value, seed) if name in changed else value for name, value in before.items()}
             for seed in range(_ROUNDINGS)
         ]
         for state in (before, after, *off_by_one):
-            copied = user_model.duplicate(model).to(device="cpu", dtype=torch.float64)
+            copied = duplicate(model).to(device="cpu", dtype=torch.float64)
             copied.load_state_dict(state)
             _softmax_in_float64_(copied)
-            net, _ = user_model.open_net(spec, user_model.find(spec, copied)[number], None, None)
+            net, _ = theirs.open_net(spec, theirs.find(spec, copied)[number])
             if net.is_wrapper and net.positions(2) - net.positions(1) != 1:
                 # memory tokens between the others: no number of them need make just this length
                 net = Net(net.layers)
@@ -156,7 +157,7 @@ def _compare(
         extra = old.positions(1) - 1
         rotary: Any = old.layers.rotary_pos_emb
         # one position more is that of the memory keys
-        room = models.longest_window(torch.float64, rotary.scale_base, masked=True) - 1
+        room = longest_window(torch.float64, rotary.scale_base) - 1
         positions = min(length, LONGEST_COMPARED, room, (old.max_seq_len or length) + extra)
         if positions <= extra:
             raise CheckpointError(f"argument --length: {length} positions are no more than the {extra} memory tokens")
@@ -168,7 +169,7 @@ def _compare(
         forced = max(deviation(as_upstream(net, inputs, length), expected) for net in off)
         tolerance = max(tolerance, 4 * forced)
         if dtype is torch.float64:
-            tolerance = max(tolerance, ModelSubject(old, positions - extra).of_calls)
+            tolerance = max(tolerance, Subject(old, old.inputs(ROWS, positions - extra)).of_calls)
     return compared, apart, tolerance, size
 
 

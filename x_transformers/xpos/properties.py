@@ -1,138 +1,158 @@
-"""What must hold for xPos at every length, each measured on a real model over real text.
+"""What must hold for xPos at every length, each measured on a real model: one of ours or the user's.
 
 A property is a generator that yields a `Point` per length: how far two computations that must agree are apart.
-`check` runs all of them and judges the largest deviation of each. Those about further options of a decoder are in
-`features`.
+`judge` has the verdict on the largest deviation of each. Those for which attention has to be observed, or the model
+built in another way, are measured on our models alone.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from x_transformers import AutoregressiveWrapper
-from x_transformers.x_transformers import LayerIntermediates
+from x_transformers import Attention, AutoregressiveWrapper, Decoder
 
-from . import features, models
-from .subject import (
-    GREEDY_STEPS,
-    STEPS,
-    Point,
-    Subject,
-    decode,
-    deviation,
-    extend,
-    part_sizes,
-    prefill,
-    score_error,
-    score_tolerance,
-)
+from . import ours
+from .limits import limit_of, longest_window
+from .net import Inputs, Net, accepts
+from .ours import Ours
+from .runs import decode, deviation, extend, part_sizes, prefill, segment_sizes, segments
+from .subject import ROWS, Subject, score_tolerance
 
 SHIFTS = (1, 4_097, 1_000_000)
 CACHE_LENGTHS = (1_000, 10_000, 100_000)
 
+_GREEDY_STEPS = 32
 _GREEDY_LONGEST_PROMPT = 512
-_SCORE_LONGEST = 4_096
+_CAST_LEN = 512
+_CONTEXT_PADDING = 80
 _SCORE_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Result:
-    """The verdict on one property; `deviation` is the largest of `points`, None where measuring raised `error`."""
+class Point:
+    """How far two computations over `length` positions are apart; infinite where one of them is not finite."""
 
-    key: str
-    name: str
-    deviation: float | None
-    tolerance: float | None
-    detail: str
-    points: tuple[Point, ...] = ()
-    error: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.deviation is not None and self.tolerance is not None and self.deviation <= self.tolerance
-
-    @property
-    def verdict(self) -> str:
-        return "pass" if self.passed else "FAIL"
+    length: int
+    deviation: float
+    note: str = ""
 
 
-# the properties
+# of any model
 
 
 def prefix_consistency(subject: Subject) -> Iterator[Point]:
     """The output at a position is the same however much text follows."""
     for length in subject.lengths[:-1]:
-        logits = subject.net(subject.tokens[:, :length])
-        yield Point(length, deviation(logits, subject.full[:, :length]))
+        yield Point(length, deviation(subject.net(subject.inputs.part(0, length))[0], subject.full[:, :length]))
 
 
-def cached_decode_whole(subject: Subject) -> Iterator[Point]:
-    """One token at a time through the KV cache, the whole sequence passed each time, equals one call for all."""
-    return _cached_decode(subject, input_not_include_cache=False)
+def independent_rows(subject: Subject) -> Iterator[Point]:
+    """A text gives in a batch what it gives alone."""
+    for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
+        together = subject.net(subject.texts.part(0, length))[0]
+        for row in range(ROWS):
+            rows = slice(row, row + 1)
+            alone = subject.net(subject.texts.part(0, length, rows))[0]
+            yield Point(length, deviation(alone, together[rows]), f"row {row + 1} of {ROWS}")
 
 
-def cached_decode_new(subject: Subject) -> Iterator[Point]:
-    """One token at a time through the KV cache, only the new token passed, equals one call for all."""
-    return _cached_decode(subject, input_not_include_cache=True)
-
-
-def _cached_decode(subject: Subject, *, input_not_include_cache: bool) -> Iterator[Point]:
-    for length in subject.lengths:
-        # the last tokens of the prefix; of a shorter one all but the first
-        start = max(1, length - STEPS)
-        tokens = subject.tokens[:, :length]
-        logits = decode(subject.net, tokens, start, input_not_include_cache=input_not_include_cache)
-        yield Point(length, deviation(logits, subject.full[:, start - 1 : length]))
+def cached_decode(subject: Subject, *, only_new: bool) -> Iterator[Point]:
+    """One position at a time through the KV cache, only what is new passed or all of it, equals one call for all."""
+    for length in subject.lengths[1:]:
+        start = max(1, length - subject.steps)
+        out = decode(subject.net, subject.inputs.part(0, length), start, only_new=only_new)
+        yield Point(length, deviation(out, subject.full[:, start - 1 : length]))
 
 
 def chunked_prefill(subject: Subject) -> Iterator[Point]:
     """Chunks through the KV cache equal one call for all, whatever the size of the chunks."""
     for size in part_sizes(subject.max_len):
-        yield from _by_length(subject, prefill(subject.net, subject.tokens, size), f"parts of {size:,}")
+        yield from _by_length(subject, prefill(subject.net, subject.inputs, size), size)
 
 
 def segments_with_mems(subject: Subject) -> Iterator[Point]:
     """Segments that carry the hidden states of all before them equal one call for all."""
-    for size in part_sizes(subject.max_len):
-        found, mems = [], None
-        for segment in subject.tokens.split(size, dim=1):
-            logits, mems = subject.net(segment, mems=mems, return_mems=True)
-            found.append(logits)
-        yield from _by_length(subject, torch.cat(found, dim=1), f"parts of {size:,}")
+    for sizes in segment_sizes(subject.max_len, subject.net.max_mem_len):
+        yield from _by_length(subject, segments(subject.net, subject.inputs, sizes), sizes[0])
 
 
-def _by_length(subject: Subject, logits: Tensor, note: str) -> Iterator[Point]:
-    start = 0
-    for length in subject.lengths:
-        yield Point(length, deviation(logits[:, start:length], subject.full[:, start:length]), note)
+def _by_length(subject: Subject, out: Tensor, size: int) -> Iterator[Point]:
+    start, end = 0, out.shape[1]
+    for length in sorted({end, *(length for length in subject.lengths if length < end)}):
+        yield Point(length, deviation(out[:, start:length], subject.full[:, start:length]), f"parts of {size:,}")
         start = length
 
 
 def shift_invariance(subject: Subject) -> Iterator[Point]:
     """A constant added to all positions changes rounding alone: a whole call, one cached token, a shift per row."""
+    net = subject.net
+
+    def positions(length: int) -> Tensor:
+        return torch.arange(net.positions(length), device=net.device)
+
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
-        tokens = subject.tokens[:, :length]
-        positions = torch.arange(length, device=subject.device)
-        _, cache = subject.net(tokens[:, :-1], return_intermediates=True)
-        decode = partial(subject.net, tokens, cache=cache, return_intermediates=True)
-        logits, (new_logits, _) = subject.net(tokens), decode()
-
-        yield Point(length, deviation(subject.net(tokens, pos=positions), logits), "pos=arange(n) given")
+        inputs, pos, expected = subject.inputs.part(0, length), positions(length), subject.full[:, :length]
+        yield Point(length, deviation(net(inputs, pos=pos)[0], expected), "pos=arange(n) given")
+        # the layers of themselves take positions for the new alone
+        caches = net.is_wrapper and subject.holds_in_chunks
+        cache = net(inputs.part(0, length - 1))[1] if caches else None
         for shift in SHIFTS:
-            shifted = positions + shift
-            yield Point(length, deviation(subject.net(tokens, pos=shifted), logits), f"by {shift:,}")
-            yield Point(length, deviation(decode(pos=shifted)[0], new_logits), f"a cached token by {shift:,}")
+            yield Point(length, deviation(net(inputs, pos=pos + shift)[0], expected), f"by {shift:,}")
+            if caches:
+                out, _ = extend(net, inputs, length - 1, length, cache, only_new=False, pos=pos + shift)
+                yield Point(length, deviation(out, expected[:, -1:]), f"a cached token by {shift:,}")
 
-    rows = subject.tokens[:, : subject.max_len // 2 * 2].reshape(2, -1)
-    positions = torch.arange(rows.shape[1], device=subject.device)
-    shifted = torch.stack((positions + SHIFTS[0], positions + SHIFTS[-1]))
-    yield Point(rows.shape[1], deviation(subject.net(rows, pos=shifted), subject.net(rows)), "each row by its own")
+    shifts = torch.tensor((0, *SHIFTS[-(ROWS - 1) :]), device=net.device)[:, None]
+    found, expected = net(subject.texts, pos=positions(subject.max_len) + shifts)[0], net(subject.texts)[0]
+    yield Point(subject.max_len, deviation(found, expected), "each row by its own")
+
+
+def up_to_the_limit(subject: Subject) -> Iterator[Point]:
+    """As many queries in one call as the dtype has room for are finite, and more than the limit raise.
+
+    On a copy with a scale base for which the limit is below the length of the text: at the model's own it may be tens
+    of thousands. Where parts through the KV cache can equal one call, they must there as well. Plain rotary has no
+    limit, so there it is whether the model can be called at all.
+    """
+    if subject.net.is_plain:
+        yield Point(subject.max_len, deviation(subject.full, subject.full))
+        return
+    net = subject.net.duplicate()
+    rotary: Any = net.layers.rotary_pos_emb
+    # limits are odd numbers, so it may come out one higher
+    wanted = net.positions(subject.max_len - 1) - 1
+    rotary.scale_base *= wanted / limit_of(rotary, net.dtype, masked=False)
+    note = f"scale base {rotary.scale_base:.3g}"
+
+    fitting = net.longest(longest_window(net.dtype, rotary.scale_base))
+    inputs = subject.inputs.part(0, fitting)
+    expected = out = net(inputs)[0]
+    if subject.holds_in_chunks:
+        expected = prefill(net, inputs, max(1, fitting // 3))
+    yield Point(fitting, deviation(out, expected), note)
+
+    limit = net.longest(limit_of(rotary, net.dtype, masked=False))
+    yield _refusal(limit + 1, "one query too many", ValueError, lambda: net(subject.inputs.part(0, limit + 1)))
+
+
+def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[], object]) -> Point:
+    try:
+        attempt()
+    except error:
+        return Point(length, 0.0, f"{name} refused")
+    return Point(length, math.inf, f"{name} not refused")
+
+
+# of our models
 
 
 def greedy_generation(subject: Subject) -> Iterator[Point]:
@@ -142,12 +162,11 @@ def greedy_generation(subject: Subject) -> Iterator[Point]:
     token that differs are: within the tolerance they are a tie, which rounding may decide either way.
     """
     # it leaves the model in the mode that it is in itself
-    generator = AutoregressiveWrapper(subject.net).eval()
-    longest = min(subject.max_len, _GREEDY_LONGEST_PROMPT)
-    for length in [length for length in subject.lengths if length <= longest][::-3][::-1]:
-        prompt = subject.tokens[:, :length]
+    generator = AutoregressiveWrapper(subject.net.module).eval()
+    for length in _every_third(subject.lengths, min(subject.max_len, _GREEDY_LONGEST_PROMPT)):
+        prompt = subject.inputs.main[:, :length]
         cached, uncached = (
-            generator.generate(prompt, GREEDY_STEPS, temperature=0.0, cache_kv=cache_kv)[0]
+            generator.generate(prompt, _GREEDY_STEPS, temperature=0.0, cache_kv=cache_kv)[0]
             for cache_kv in (True, False)
         )
         differs = (cached != uncached).nonzero()
@@ -155,167 +174,181 @@ def greedy_generation(subject: Subject) -> Iterator[Point]:
             yield Point(length, 0.0, "the same text")
             continue
         first = int(differs[0])
-        logits = subject.net(torch.cat((prompt, cached[None, :first]), dim=1))[0, -1]
-        apart = deviation(logits[cached[first]], logits[uncached[first]])
-        kind = "a tie" if apart <= _of_decoding(subject) else "no tie"
-        yield Point(length, apart, f"differ at token {first + 1}, {kind}")
+        logits = subject.net.module(torch.cat((prompt, cached[None, :first]), dim=1))[0, -1]
+        yield Point(length, deviation(logits[cached[first]], logits[uncached[first]]), f"differ at token {first + 1}")
 
 
-def scores_of_all_queries(subject: Subject) -> Iterator[Point]:
+def _every_third(lengths: tuple[int, ...], longest: int) -> list[int]:
+    return [length for length in lengths if 1 < length <= longest][::-3][::-1]
+
+
+def scores_of_all_queries(subject: Ours) -> Iterator[Point]:
     """The scores of a call for the whole text, in each layer and head, are those of the paper's formula."""
-    net = models.build(subject.room, flash=False).to(subject.device, subject.dtype)
-    for length in [length for length in subject.lengths if length <= _SCORE_LONGEST][::-3][::-1]:
-        rows = torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(subject.device)
-        with models.observe(net, rows) as layers:
-            _, cache = net(subject.tokens[:, :length], return_intermediates=True)
-        yield from _score_points(layers, cache, rows)
+    net = subject.variant(flash=False).net
+    for length in _every_third(subject.lengths, subject.max_len):
+        rows = torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(net.device)
+        with ours.observe(net, rows) as layers:
+            _, cache = net(subject.inputs.part(0, length))
+        for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
+            error = layer.score_error(inter.cached_kv[0][0], rows, torch.arange(length))
+            yield Point(length, error, f"layer {number}")
 
 
-def scores_on_long_cache(subject: Subject) -> Iterator[Point]:
+def scores_on_long_cache(subject: Ours) -> Iterator[Point]:
     """The scores of one query on a long cache of random keys are those of the paper's formula."""
-    net = models.build(subject.room, flash=False, depth=1).to(subject.device, subject.dtype)
+    net = subject.variant(flash=False, depth=1).net
     for length in CACHE_LENGTHS:
-        cache = models.random_cache(length, 1, subject.device, subject.dtype)
-        tokens = subject.tokens[:, :1].expand(1, length + 1)
-        with models.observe(net, torch.tensor([0], device=subject.device)) as layers:
-            _, cache = extend(net, tokens, 1, cache)
-        yield from _score_points(layers, cache, torch.tensor([length]))
+        tokens = torch.zeros(1, length + 1, dtype=torch.long, device=net.device)
+        with ours.observe(net, torch.tensor([0], device=net.device)) as (layer,):
+            _, cache = extend(net, Inputs(tokens), length, length + 1, ours.random_cache(length, net))
+        keys = cache.attn_intermediates[0].cached_kv[0][0]
+        yield Point(length, layer.score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
 
 
-def _score_points(layers: list[models.Observed], cache: LayerIntermediates, query_pos: Tensor) -> Iterator[Point]:
-    for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
-        keys = inter.cached_kv[0][0]
-        length = keys.shape[-2]
-        error = score_error(layer.scores, layer.queries, keys, query_pos, torch.arange(length))
-        yield Point(length, error, f"layer {number}")
+def scores_across_shards(subject: Ours) -> Iterator[Point]:
+    """Queries of one shard of a sequence score with the keys of another, rotated there, as the formula says."""
+    net = subject.variant(flash=False, depth=1).net
+    for length in _every_third(subject.lengths, subject.max_len - 1):
+        pos, cut = torch.arange(length, device=net.device), length // 2
+        rows = torch.linspace(0, length - cut - 1, min(length - cut, _SCORE_ROWS)).long().to(net.device)
+        window = {"rotary_window": (0, length)}
+        with ours.observe(net, rows[:1]) as (first,):
+            _, cache = net(subject.inputs.part(0, cut), pos=pos[:cut], **window)
+        with ours.observe(net, rows) as (second,):
+            net(subject.inputs.part(cut, length), pos=pos[cut:], **window)
+        second.scores = second.rotated_queries @ first.rotated_keys.mT * ours.DIM_HEAD**-0.5
+        keys = cache.attn_intermediates[0].cached_kv[0][0]
+        yield Point(length, second.score_error(keys, pos[cut:][rows], pos[:cut]), f"cut at {cut:,}")
 
 
-# the run
+def context_positions(subject: Ours) -> Iterator[Point]:
+    """The output at a position is the same however much text follows, and however the context is padded."""
+    yield from prefix_consistency(subject)
+    padded = subject.inputs_with(**ours.context(_CONTEXT_PADDING))
+    yield Point(subject.max_len, deviation(subject.net(padded)[0], subject.full), "context padded")
 
 
-@dataclass(frozen=True)
-class Property:
-    """`needs` is an argument of `AttentionLayers.forward` without which a release has nothing to measure."""
-
-    key: str
-    name: str
-    measure: Callable[[Subject], Iterator[Point]]
-    tolerance: Callable[[Subject], float]
-    needs: str | None = None
-
-
-def _of_calls(subject: Subject) -> float:
-    return subject.logit_factor * subject.forced_errors.call
+def table_passed_in(subject: Subject) -> Iterator[Point]:
+    """A token decoded with a table of rotary embeddings for all that is in the cache equals one call for all."""
+    for length in subject.lengths[1:]:
+        inputs = subject.inputs.part(0, length)
+        table = subject.net.layers.rotary_pos_emb(torch.arange(length, device=subject.net.device))
+        _, cache = subject.net(inputs.part(0, length - 1))
+        out, _ = extend(subject.net, inputs, length - 1, length, cache, only_new=False, rotary_pos_emb=table)
+        yield Point(length, deviation(out, subject.full[:, length - 1 : length]))
 
 
-def _of_decoding(subject: Subject) -> float:
-    return subject.logit_factor * subject.forced_errors.decoding
+def refusals(subject: Subject) -> Iterator[Point]:
+    """What no center cancels in is refused, as far as a release has it.
+
+    These are l2 distance, CoPE and rotated values when a model is built, and `causal = False` on forward.
+    """
+    decoder = {"dim": ours.DIM, "depth": 1, "heads": ours.HEADS, "rotary_xpos": True, "verbose": False}
+    known = inspect.signature(Attention.__init__).parameters
+    for option in ("l2_distance", "use_cope", "rotary_embed_values"):
+        if option in known:
+            attempt: Callable[[], object] = partial(Decoder, **decoder, **{f"attn_{option}": True})
+            yield _refusal(subject.max_len, option, AssertionError, attempt)
+    if accepts("causal"):
+        attempt = partial(subject.net, subject.inputs, causal=False)
+        yield _refusal(subject.max_len, "causal = False", AssertionError, attempt)
 
 
-def _of_chunks(subject: Subject) -> float:
-    return subject.logit_factor * subject.forced_errors.chunks
+# all of them
 
 
-def _of_scores(subject: Subject) -> float:
-    return score_tolerance(subject.dtype, subject.max_len)
+def _no_cache(net: Net) -> str:
+    return "" if net.can_cache else "it cannot cache keys and values (memory tokens, recycling or attn_selective)"
 
 
-def _of_scores_on_cache(subject: Subject) -> float:
-    return score_tolerance(subject.dtype, max(CACHE_LENGTHS))
+def _no_mems(net: Net) -> str:
+    return "its max_mem_len is 0, so that it keeps no hidden states" if net.max_mem_len == 0 else ""
+
+
+def _no_positions(net: Net) -> str:
+    if net.has_absolute_positions:
+        return "it has absolute positions as well, which a shift changes"
+    if net.is_wrapper and not net.reads_tokens:
+        return f"{type(net.module).__name__} does not pass pos to its layers"
+    return ""
 
 
 def _of_shift(subject: Subject) -> float:
     # in float64 alone an angle has no more digits than the model, and loses them with the size of the position
-    return _of_calls(subject) * (max(SHIFTS) / subject.max_len if subject.dtype is torch.float64 else 1)
+    return subject.of_calls * (max(SHIFTS) / subject.max_len if subject.net.dtype is torch.float64 else 1)
 
 
-def _none(_subject: Subject) -> float:
-    return 0.0
+def _of_range(subject: Subject) -> float:
+    return subject.of_chunks if subject.holds_in_chunks else subject.of_calls
 
 
-PROPERTIES = (
-    Property("prefix", "prefix consistency", prefix_consistency, _of_calls),
-    Property("cached-whole", "cached decode, whole text", cached_decode_whole, _of_decoding),
-    Property("cached-new", "cached decode, new token", cached_decode_new, _of_decoding, "input_not_include_cache"),
-    Property("chunked", "chunked prefill", chunked_prefill, _of_chunks),
-    Property("mems", "segments with mems", segments_with_mems, _of_chunks),
-    Property("shift", "shift of positions", shift_invariance, _of_shift, "pos"),
-    Property("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
-    Property("scores", "scores, all queries", scores_of_all_queries, _of_scores),
-    Property("scores-cache", "scores, long cache", scores_on_long_cache, _of_scores_on_cache),
-    Property("scores-bf16", "scores, cast to bfloat16", *features.scores_cast_to(torch.bfloat16)),
-    Property("scores-f16", "scores, cast to float16", *features.scores_cast_to(torch.float16)),
-    Property("scores-shards", "scores, across shards", features.scores_across_shards, _of_scores, "pos"),
-    *(Property(each.key, each.name, each.measure, each.tolerance, each.needs) for each in features.WITH_OTHER_KEYS),
-    Property("table", "table passed in", features.table_passed_in, _of_decoding),
-    Property("range", "up to the limit", features.up_to_the_limit, _of_chunks),
-    Property("refusals", "refusals", features.refusals, _none),
-)
+def _of_scores(subject: Subject) -> float:
+    return score_tolerance(subject.net.dtype, subject.max_len, ours.DIM_HEAD)
+
+
+def _of_scores_on_cache(subject: Subject) -> float:
+    return score_tolerance(subject.net.dtype, max(CACHE_LENGTHS), ours.DIM_HEAD)
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A property that is not measured, and why; `needs` is the argument that is lacking, if it is that."""
+class Property:
+    """`needs` is an argument of `AttentionLayers.forward` without which a release has nothing to measure.
+
+    `lacked` gives the reason why a model cannot have it, empty if it can. `variant` gives the options of the model of
+    ours that it is measured on, where that is not the one given.
+    """
 
     key: str
     name: str
-    reason: str
+    measure: Callable[[Any], Iterator[Point]]
+    tolerance: Callable[[Any], float]
     needs: str | None = None
+    lacked: Callable[[Net], str] = lambda _net: ""
+    variant: Callable[[], dict[str, Any]] | None = None
 
 
-def left_out() -> tuple[LeftOut, ...]:
-    """The properties that this release of upstream has no arguments for."""
-    return tuple(
-        LeftOut(prop.key, prop.name, "this release of x-transformers lacks the argument", prop.needs)
-        for prop in PROPERTIES
-        if prop.needs is not None and not models.accepts(prop.needs)
+_of_calls, _of_decoding, _of_chunks = (attrgetter(f"of_{name}") for name in ("calls", "decoding", "chunks"))
+_decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
+_only_new = "input_not_include_cache"
+
+OF_ANY = (
+    Property("prefix", "prefix consistency", prefix_consistency, _of_calls),
+    Property("rows", "independent rows", independent_rows, attrgetter("of_rows")),
+    Property("cached-whole", "cached decode, whole text", _decode_whole, _of_decoding, lacked=_no_cache),
+    Property("cached-new", "cached decode, new token", _decode_new, _of_decoding, _only_new, _no_cache),
+    Property("chunked", "chunked prefill", chunked_prefill, _of_chunks, lacked=_no_cache),
+    Property("mems", "segments with mems", segments_with_mems, attrgetter("of_segments"), lacked=_no_mems),
+    Property("shift", "shift of positions", shift_invariance, _of_shift, "pos", _no_positions),
+    Property("range", "up to the limit", up_to_the_limit, _of_range),
+)
+
+
+def _on(
+    key: str, name: str, measure: Callable[[Any], Iterator[Point]], needs: str | None = None, **options: Any
+) -> Property:
+    """A property of our model with these options; those that are functions are called for theirs."""
+    tolerance = _of_scores if measure is scores_of_all_queries else _of_calls
+    return Property(
+        key,
+        name,
+        measure,
+        tolerance,
+        needs,
+        variant=lambda: {option: value() if callable(value) else value for option, value in options.items()},
     )
 
 
-@torch.no_grad()
-def check(subject: Subject, progress: Callable[[str, str], None] = lambda _name, _step: None) -> tuple[Result, ...]:
-    """Measure every property of `subject`; one that raises is a failed result with its error, and the rest still run.
-
-    Those of `left_out` are not among the results. `progress` is told the property and, length by length, where in it
-    the run is.
-    """
-    skipped = {prop.key for prop in left_out()}
-    results = []
-    for prop in PROPERTIES:
-        if prop.key not in skipped:
-            progress(prop.name, "")
-            results.append(
-                judge(prop.key, prop.name, partial(prop.tolerance, subject), partial(prop.measure, subject), progress)
-            )
-    return tuple(results)
-
-
-def judge(
-    key: str,
-    name: str,
-    tolerance_of: Callable[[], float],
-    measure: Callable[[], Iterator[Point]],
-    progress: Callable[[str, str], None],
-) -> Result:
-    """The verdict on what `measure` yields; what it or `tolerance_of` raises is a failure with the error."""
-    points: list[Point] = []
-    tolerance, error = None, None
-    try:
-        tolerance = tolerance_of()
-        for point in measure():
-            points.append(point)
-            progress(name, f"length {point.length:,}")
-    except Exception as raised:  # whatever a broken package raises is what there is to report
-        error = " ".join(f"{type(raised).__name__}: {raised}".split())
-    worst = None if error else max(point.deviation for point in points)
-    return Result(key, name, worst, tolerance, error or _detail(points), tuple(points), error)
-
-
-def _detail(points: Sequence[Point]) -> str:
-    lengths = [point.length for point in points]
-    covered = f"{min(lengths):,} to {max(lengths):,}"
-    worst = max(points, key=lambda point: point.deviation)
-    if worst.deviation == 0:
-        return covered
-    kind = "worst" if math.isfinite(worst.deviation) else "not finite"
-    return f"{covered}; {kind} at {worst.length:,}" + (f", {worst.note}" if worst.note else "")
+OF_OURS = (
+    Property("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
+    Property("scores", "scores, all queries", scores_of_all_queries, _of_scores),
+    Property("scores-cache", "scores, long cache", scores_on_long_cache, _of_scores_on_cache),
+    _on("scores-bf16", "scores, cast to bfloat16", scores_of_all_queries, dtype=torch.bfloat16, length=_CAST_LEN),
+    _on("scores-f16", "scores, cast to float16", scores_of_all_queries, dtype=torch.float16, length=_CAST_LEN),
+    Property("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos"),
+    _on("mem-kv", "memory keys", prefix_consistency, attn_num_mem_kv=4),
+    _on("mem-kv-norm", "memory keys, qk norm", prefix_consistency, attn_num_mem_kv=4, attn_qk_norm=True),
+    _on("added-kv", "additional keys", prefix_consistency, "self_attn_additional_kv", given=ours.additional_kv),
+    _on("context-pos", "context positions", context_positions, "context_pos", given=ours.context, cross_attend=True),
+    Property("table", "table passed in", table_passed_in, _of_decoding),
+    Property("refusals", "refusals", refusals, lambda _: 0.0),
+)

@@ -1,0 +1,128 @@
+"""The verdict on every property of a model, with what the dtype forces as the tolerance.
+
+Not every model has every property: with some options a decoder lacks one whatever its positions are, as a shift where
+memory keys stay at position 0. So where one does not hold for a user's model, or cannot be measured, the same model
+with plain rotary is asked as well, and where that lacks it too it is left out, with the reason. Ours are made so that
+with plain rotary they have them all: there a failure is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .net import accepts
+from .ours import Ours
+from .properties import OF_ANY, OF_OURS, Point, Property
+from .subject import Subject
+
+
+@dataclass(frozen=True)
+class Result:
+    """The verdict on one property; `deviation` is the largest of `points`, None where measuring raised `error`."""
+
+    key: str
+    name: str
+    deviation: float | None
+    tolerance: float | None
+    detail: str
+    points: tuple[Point, ...] = ()
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.deviation is not None and self.tolerance is not None and self.deviation <= self.tolerance
+
+    @property
+    def verdict(self) -> str:
+        return "pass" if self.passed else "FAIL"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A property that is not measured, and why; `needs` is the argument that is lacking, if it is that."""
+
+    key: str
+    name: str
+    reason: str
+    needs: str | None = None
+
+
+def plan(subject: Subject) -> tuple[list[Property], list[LeftOut]]:
+    """The properties to measure, and those that the release has no argument for or the options make impossible."""
+    planned, left_out = [], []
+    for prop in (*OF_ANY, *(OF_OURS if isinstance(subject, Ours) else ())):
+        if prop.needs is not None and not accepts(prop.needs):
+            reason = "this release of x-transformers lacks the argument"
+            left_out.append(LeftOut(prop.key, prop.name, reason, prop.needs))
+        elif reason := prop.lacked(subject.net):
+            left_out.append(LeftOut(prop.key, prop.name, reason))
+        else:
+            planned.append(prop)
+    return planned, left_out
+
+
+@torch.no_grad()
+def check(
+    subject: Subject, progress: Callable[[str, str], None] = lambda _name, _step: None
+) -> tuple[tuple[Result, ...], tuple[LeftOut, ...]]:
+    """Measure every property that the model can have; those that it cannot are named with the reason.
+
+    One that raises is a failed result with its error, and the rest still run. `progress` is told the property and,
+    length by length, where in it the run is.
+    """
+    results = []
+    planned, left_out = plan(subject)
+    for prop in planned:
+        progress(prop.name, "")
+        result = _judge(prop, subject, progress)
+        reason = "" if result.passed or isinstance(subject, Ours) else _reason_of_twin(prop, subject, result)
+        if reason:
+            left_out.append(LeftOut(prop.key, prop.name, reason))
+        else:
+            results.append(result)
+    return tuple(results), tuple(left_out)
+
+
+def _judge(
+    prop: Property, subject: Subject, progress: Callable[[str, str], None], tolerance: float | None = None
+) -> Result:
+    """The verdict on what is measured; what that raises is a failure with the error."""
+    points: list[Point] = []
+    error = None
+    try:
+        if prop.variant is not None and isinstance(subject, Ours):
+            subject = subject.variant(**prop.variant())
+        tolerance = prop.tolerance(subject) if tolerance is None else tolerance
+        for point in prop.measure(subject):
+            points.append(point)
+            progress(prop.name, f"length {point.length:,}")
+    except Exception as raised:  # whatever a broken package raises is what there is to report
+        error = " ".join(f"{type(raised).__name__}: {raised}".split())
+    worst = None if error else max(point.deviation for point in points)
+    return Result(prop.key, prop.name, worst, tolerance, error or _detail(points), tuple(points), error)
+
+
+def _reason_of_twin(prop: Property, subject: Subject, result: Result) -> str:
+    """Why it is no fault of xPos that the property does not hold, empty if it is one."""
+    found = result.error
+    # the tolerance is that of plain rotary
+    if result.tolerance is not None:
+        of_twin = _judge(prop, subject.plain, lambda _name, _step: None, result.tolerance)
+        if of_twin.passed:
+            return ""
+        found = of_twin.error or f"{of_twin.deviation:.1e} apart, {of_twin.detail}"
+    return f"upstream does not have it with plain rotary and these options either: {found}"
+
+
+def _detail(points: list[Point]) -> str:
+    lengths = [point.length for point in points]
+    covered = f"{min(lengths):,} to {max(lengths):,}"
+    worst = max(points, key=lambda point: point.deviation)
+    if worst.deviation == 0:
+        return covered
+    kind = "worst" if math.isfinite(worst.deviation) else "not finite"
+    return f"{covered}; {kind} at {worst.length:,}" + (f", {worst.note}" if worst.note else "")

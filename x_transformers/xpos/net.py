@@ -1,0 +1,293 @@
+"""A model that is checked, ours or the user's: what is passed to it, one way to call it, and its twin without xPos."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from x_transformers import Attention, TransformerWrapper
+from x_transformers.x_transformers import AttentionLayers, rotate_half
+
+from . import formula
+
+SEED = 0
+_CONTEXT_LEN = 24
+
+
+class ModelError(ValueError):
+    """A model that cannot be built or called, or that there is nothing to do for; the message names the way out."""
+
+
+# the release of upstream
+
+
+def accepts(argument: str) -> bool:
+    """Whether this release of upstream has an argument of `AttentionLayers.forward`; 1.27.5 lacks some."""
+    return argument in inspect.signature(AttentionLayers.forward).parameters
+
+
+def rotates_neighbors() -> bool:
+    """Whether the dims 2d and 2d + 1 are rotated together, as in 2.x, and not d and d + dim / 2, as in 1.27.5."""
+    return bool(rotate_half(torch.arange(4))[0] == -1)
+
+
+# what is passed
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`main` is token ids `(b, n)` or hidden states `(b, n, d)`; the rest goes with it, by name.
+
+    `embed_ids` are `(b, n)` as well, `per_row` has a first dimension of b, and `constant` is the same for all.
+    """
+
+    main: Tensor
+    embed_ids: Mapping[str, Tensor] = field(default_factory=dict)
+    per_row: Mapping[str, Tensor] = field(default_factory=dict)
+    constant: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.main.shape[1]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        embed_ids = {"embed_ids": dict(self.embed_ids)} if self.embed_ids else {}
+        return {**self.per_row, **self.constant, **embed_ids}
+
+    def part(self, start: int | None, stop: int | None, rows: slice = slice(None)) -> Inputs:
+        """The positions from `start` to `stop` of some rows."""
+        return Inputs(
+            self.main[rows, start:stop],
+            {name: ids[rows, start:stop] for name, ids in self.embed_ids.items()},
+            {name: value[rows] for name, value in self.per_row.items()},
+            self.constant,
+        )
+
+    def to(self, device: torch.device, *dtypes: torch.dtype) -> Inputs:
+        """On a device and, what is of floating point, rounded to each dtype in turn."""
+        return Inputs(*(_move(each, device, *dtypes) for each in vars(self).values()))
+
+
+def _move(value: Any, device: torch.device, *dtypes: torch.dtype) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _move(item, device, *dtypes) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_move(item, device, *dtypes) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device)
+    for dtype in dtypes if value.is_floating_point() else ():
+        value = value.to(dtype)
+    return value
+
+
+# the model
+
+
+def first_attention(layers: nn.Module) -> Any:
+    return next(module for module in layers.modules() if isinstance(module, Attention))
+
+
+class Net:
+    """A wrapper or a stack of layers that is called in one way, whichever it is.
+
+    It gives outputs `(b, n, d)`, one per position, and the intermediates. Raises ModelError if it gives others.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.layers: Any = module if isinstance(module, AttentionLayers) else module.attn_layers
+
+    @property
+    def reads_tokens(self) -> bool:
+        return isinstance(self.module, TransformerWrapper)
+
+    @property
+    def is_wrapper(self) -> bool:
+        return self.module is not self.layers
+
+    @property
+    def device(self) -> torch.device:
+        parameter: Tensor = next(iter(self.module.parameters()))
+        return parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of queries and keys."""
+        return first_attention(self.layers).to_q.weight.dtype  # type: ignore[no-any-return]
+
+    @property
+    def is_flash(self) -> bool:
+        return all(module.attend.flash for module in self.module.modules() if isinstance(module, Attention))
+
+    @property
+    def is_plain(self) -> bool:
+        return isinstance(self.layers.rotary_pos_emb, PlainRotary)
+
+    @property
+    def can_cache(self) -> bool:
+        return bool(getattr(self.module, "can_cache_kv", True) and getattr(self.layers, "can_cache_kv", True))
+
+    @property
+    def has_absolute_positions(self) -> bool:
+        return isinstance(getattr(self.module, "pos_emb", None), nn.Module)
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """The longest text that an absolute position embedding has room for, None where nothing limits it."""
+        limit = getattr(getattr(self.module, "pos_emb", None), "max_seq_len", None)
+        return None if limit is None else int(limit)
+
+    @property
+    def max_mem_len(self) -> int | None:
+        """How many hidden states of the past the wrapper keeps, None where it is for the caller to keep them."""
+        return int(self.module.max_mem_len) if self.is_wrapper else None
+
+    def positions(self, length: int) -> int:
+        """How many positions the layers see of a text of `length`: memory tokens have theirs."""
+        memory_tokens = getattr(self.module, "memory_tokens", None) if self.is_wrapper else None
+        count = 0 if memory_tokens is None else int(memory_tokens.shape[0])
+        every = getattr(self.module, "memory_tokens_interspersed_every", None)
+        if every is None:
+            return length + count
+        return math.ceil(length / int(every)) * (int(every) + count)
+
+    def longest(self, positions: int) -> int:
+        """The longest text of which the layers see no more than `positions`."""
+        length = positions
+        while length > 0 and self.positions(length) > positions:
+            length -= 1
+        return length
+
+    def duplicate(self) -> Net:
+        return Net(duplicate(self.module))
+
+    def with_plain_rotary(self, dtype: torch.dtype) -> Net:
+        """The same weights, rounded to the model's dtype if they are not yet, and plain rotary, in `dtype`."""
+        twin = Net(duplicate(self.module).to(dtype=dtype))
+        if not twin.is_plain:
+            twin.layers.rotary_pos_emb = PlainRotary(2 * twin.layers.rotary_pos_emb.inv_freq.shape[0])
+        return twin
+
+    def as_float64(self) -> Net:
+        """A copy with the same, already rounded, weights that computes in float64, where that can be had."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        return Net(duplicate(self.module).to(device).double())
+
+    def inputs(self, batch: int, length: int) -> Inputs:
+        """Random token ids, or unit-normal hidden states, and what else has to be passed with them."""
+        generator = torch.Generator().manual_seed(SEED)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float32)
+
+        embed_ids: dict[str, Any] = {}
+        per_row: dict[str, Any] = {}
+        constant: dict[str, Any] = {}
+        if self.reads_tokens:
+            main = torch.randint(int(self.module.num_tokens), (batch, length), generator=generator)
+            for name, embed in (getattr(self.module, "embeds", None) or {}).items():
+                kinds = embed.weight.shape[0]
+                embed_ids[name.removesuffix("_embed")] = torch.randint(kinds, (batch, length), generator=generator)
+            if getattr(self.module, "recycling", False):
+                constant["recycle_steps"] = 2
+        else:
+            main = normal(batch, length, self._dim_in())
+        if self.layers.cross_attend:
+            per_row["context"] = normal(batch, _CONTEXT_LEN, self._dim_context())
+        if getattr(self.layers, "need_condition", False):
+            per_row["condition"] = normal(batch, self.layers.dim_condition)
+        return Inputs(main, embed_ids, per_row, constant).to(self.device, self.dtype)
+
+    def _dim_in(self) -> int:
+        projection = getattr(self.module, "project_in", None)
+        linears = [part for part in projection.modules() if isinstance(part, nn.Linear)] if projection else []
+        return int(linears[0].in_features if linears else self.layers.dim)
+
+    def _dim_context(self) -> int:
+        attention = next(layer[1] for kind, layer in zip(self.layers.layer_types, self.layers.layers) if kind == "c")
+        projection = getattr(attention, "to_latent_kv", None) or attention.to_k
+        return int(getattr(projection, "in_features", self.layers.dim))
+
+    def __call__(self, inputs: Inputs, **options: Any) -> tuple[Tensor, Any]:
+        """Outputs, and the intermediates. `options` are further ones of the call."""
+        returned = "return_intermediates" if self.is_wrapper else "return_hiddens"
+        # for attention that draws at random
+        torch.manual_seed(SEED)
+        out, intermediates = self.module(inputs.main, **{returned: True}, **inputs.arguments, **options)
+        new = options.get("cache_age", 1) if options.get("cache") is not None else inputs.length
+        return self._per_position(out, inputs.main.shape[0], new), intermediates
+
+    def _per_position(self, out: Any, batch: int, length: int) -> Tensor:
+        # several heads give a list, a mean and a variance are stacked in front
+        if isinstance(out, (list, tuple)):
+            return torch.cat([self._per_position(each, batch, length) for each in out], dim=-1)
+        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        if shape == (batch, length):
+            return out[..., None]  # type: ignore[no-any-return]
+        if len(shape) == 4 and shape[1:3] == (batch, length):
+            return torch.cat(out.unbind(), dim=-1)
+        if len(shape) != 3 or shape[:2] != (batch, length):
+            raise ModelError(f"it gives {shape} for {batch} texts of {length}, not one output per position")
+        return out  # type: ignore[no-any-return]
+
+
+class PlainRotary(nn.Module):
+    """Plain rotary in place of a `RotaryEmbedding`, with tables in float64, so that what rounds is the model alone."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale, self.dim = None, dim
+
+    def forward(self, t: Tensor, offset: object = 0, seq_len: object = None) -> tuple[Tensor, Tensor | float]:
+        """Angles `(1, n, dim)` or `(b, n, dim)` of positions `t`, `(n,)` or `(b, n)`, and a scale of 1."""
+        dtype = torch.float64 if t.device.type != "mps" else torch.float32
+        angle = t[..., None].to(dtype) * formula.angles(self.dim).to(t.device, dtype)
+        if rotates_neighbors():
+            angle = angle.repeat_interleave(2, dim=-1)
+            return angle[None] if t.ndim == 1 else angle, 1.0
+        angle = torch.cat((angle, angle), dim=-1)
+        # 1.27.5 has angles (n, dim), and brings back to the model's dtype only what it scales by a tensor
+        return angle, torch.ones_like(angle)
+
+
+# copies of it
+
+
+def duplicate(module: nn.Module) -> nn.Module:
+    """A deep copy in eval mode, without gradients, that shares nothing with `module`.
+
+    A function that a module keeps as an attribute, as the output projection of tied embeddings, is bound to what it
+    belongs to and `copy.deepcopy` leaves it as it is: here it is bound to the copy.
+    """
+    memo: dict[int, Any] = {}
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, FunctionType) and value.__closure__:
+                setattr(part, name, _rebound(value, memo))
+    return copied.eval().requires_grad_(False)
+
+
+def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            of_copy = memo.get(id(cell.cell_contents))
+        except ValueError:  # not filled yet
+            of_copy = None
+        cells.append(cell if of_copy is None else CellType(of_copy))
+    bound = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    bound.__kwdefaults__ = function.__kwdefaults__
+    return bound

@@ -1,0 +1,225 @@
+"""The user's model, as `--model MODULE:FACTORY` names it: built, searched for xPos, and copied to be checked."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import random
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import x_transformers
+from x_transformers import ContinuousTransformerWrapper, TransformerWrapper
+from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
+
+from .net import ModelError, Net, duplicate, first_attention
+
+_PROBE_LEN = 7
+_PACKAGE = Path(x_transformers.__file__).parent
+
+
+# building it
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While open, the current directory can be imported from; after it, the random state is what it was."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    state, here = random.getstate(), str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(state)
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def build(spec: str) -> nn.Module:
+    """What the factory of `MODULE:FACTORY` returns, called without arguments.
+
+    To be called, as the model is, while `undisturbed` is open. Raises ModelError, in one line, for a spec that is none,
+    for whatever the import or the factory raises, and for what is no module.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not (module_name and attribute):
+        raise _error(spec, "it must be MODULE:FACTORY, as in train:build_model for the function in train.py")
+    if module_name.endswith(".py") or "/" in module_name or "\\" in module_name:
+        dotted = module_name.removesuffix(".py").replace("\\", ".").replace("/", ".").strip(".")
+        raise _error(spec, f"MODULE is a name as in an import, not a path; give {dotted}:{attribute}")
+
+    factory = _attribute(spec, _import(spec, module_name), attribute)
+    if not callable(factory):
+        kind = kind_of(factory)
+        raise _error(spec, f"{attribute} is {kind}, not a function; give one that builds and returns the model")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise _error(spec, f"it is called without arguments, and {error}; give a function that needs none") from None
+    except ValueError:  # has no signature: the call will tell
+        pass
+
+    try:
+        model = factory()
+    except (Exception, SystemExit) as error:
+        raise _error(spec, _reason(error)) from error
+    if not isinstance(model, nn.Module):
+        way_out = "return the TransformerWrapper, the Decoder or a module that holds one"
+        raise _error(spec, f"it returned {kind_of(model)}; {way_out}")
+    return model
+
+
+def _error(spec: str, message: str) -> ModelError:
+    return ModelError(f"argument --model: {spec}: " + " ".join(message.split()))
+
+
+def _import(spec: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name!r} in the current directory or among what is installed"
+            raise _error(spec, f"{reason}; run this where an import of it works") from None
+        if isinstance(error, SystemExit):
+            way_out = 'put what a script runs under `if __name__ == "__main__":`'
+            raise _error(spec, f"importing {name} ended the process{_where(error)}; {way_out}") from error
+        way_out = "; install what it imports" if isinstance(error, ModuleNotFoundError) else ""
+        reason = f"importing {name} failed: {type(error).__name__}: {error}{_where(error)}{way_out}"
+        raise _error(spec, reason) from error
+
+
+def _attribute(spec: str, module: Any, path: str) -> Any:
+    found = module
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            functions = inspect.getmembers(module, inspect.isfunction)
+            theirs = [key for key, value in functions if value.__module__ == module.__name__ and key[0] != "_"]
+            has = f"it has {', '.join(theirs[:5])}" if theirs else "it has no functions"
+            raise _error(spec, f"module {module.__name__} has no attribute {path!r}; {has}") from None
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    message = str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, (AssertionError, ValueError)) and frames and Path(frames[-1].filename).parent == _PACKAGE:
+        # an assertion without a message is its own
+        return (
+            f"x-transformers refuses to build this model{_where(error)}: {message or frames[-1].line}; "
+            "change the option that this names, and run again"
+        )
+    return f"it raised {type(error).__name__}{f': {message}' if message else ''}{_where(error)}"
+
+
+def _where(error: BaseException) -> str:
+    """The last line of the user's own code that an error came through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.suffix == ".py" and "site-packages" not in path.parts and _PACKAGE not in path.parents:
+            return f" ({path.name}, line {frame.lineno})"
+    return ""
+
+
+def kind_of(value: Any) -> str:
+    """The name of its class, with an article."""
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+# finding xPos in it
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is called: a wrapper that has `layers`, or `layers` itself. `path` is where it is in the user's model."""
+
+    path: str
+    module: nn.Module
+    layers: nn.Module
+
+    @property
+    def summary(self) -> str:
+        """One line that says what it is, and its size."""
+        layers: Any = self.layers
+        rotary, attention = layers.rotary_pos_emb, first_attention(layers)
+        of = f" of a {type(layers).__name__}" if self.module is not layers else ""
+        return (
+            f"{f'{self.path}, ' if self.path else ''}{type(self.module).__name__}{of}: "
+            f"{layers.layer_types.count('a')} attention layers, {attention.heads} heads of "
+            f"{attention.to_q.weight.shape[0] // attention.heads} dims, {2 * rotary.inv_freq.shape[0]} rotated, "
+            f"scale base {rotary.scale_base:g}"
+        )
+
+
+def find(spec: str, model: nn.Module) -> list[Target]:
+    """Every stack of layers with xPos in `model`, in the outermost wrapper that has it; ModelError if there is none."""
+    kind = type(model).__name__
+    stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, AttentionLayers)]
+    if not stacks:
+        raise _error(spec, f"{kind} has no Decoder of x-transformers in it; return a model that is built on one")
+    with_xpos = [(path, layers) for path, layers in stacks if _has_xpos(layers)]
+    if not with_xpos:
+        kinds = ", ".join(dict.fromkeys(type(layers).__name__ for _, layers in stacks))
+        raise _error(spec, f"{kind} has no xPos: its {kinds} was built without rotary_xpos=True; pass it")
+    targets = []
+    for layers_path, layers in with_xpos:
+        wrappers = (
+            (path, module)
+            for path, module in model.named_modules()
+            if isinstance(module, (TransformerWrapper, ContinuousTransformerWrapper)) and module.attn_layers is layers
+        )
+        targets.append(Target(*next(wrappers, (layers_path, layers)), layers))
+    return targets
+
+
+def _has_xpos(layers: nn.Module) -> bool:
+    rotary: Any = getattr(layers, "rotary_pos_emb", None)
+    return isinstance(rotary, RotaryEmbedding) and getattr(rotary, "scale", None) is not None
+
+
+# copying it
+
+
+@torch.no_grad()
+def open_net(
+    spec: str, target: Target, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[Net, str]:
+    """A copy of the target that can be called, cast and moved if asked, and a note on it, empty if there is nothing.
+
+    Where the wrapper cannot be called with what is known, or gives no output per position, it is the layers in it,
+    given hidden states.
+    """
+    try:
+        copied = Net(duplicate(target.module))
+    except Exception as error:
+        raise _error(spec, f"the model cannot be copied: {type(error).__name__}: {error}") from error
+
+    reason = ""
+    for part in dict.fromkeys((copied.module, copied.layers)):
+        try:
+            net = Net(part.to(device=device, dtype=dtype))
+            if net.device.type == "meta":
+                raise ModelError("its parameters are on the meta device, and have no values")
+            if not net.dtype.is_floating_point:
+                raise ModelError(f"its queries are projected in {net.dtype}, not in floating point")
+            net(net.inputs(2, min(_PROBE_LEN, net.max_seq_len or _PROBE_LEN)))
+        except Exception as error:
+            message = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+            reason = " ".join(message.split())
+            continue
+        if part is copied.module:
+            return net, ""
+        kind = type(target.module).__name__
+        return net, f"tested is the {type(part).__name__} in it, on hidden states, as the {kind} cannot be: {reason}"
+    raise _error(spec, f"the model cannot be called: {reason}")
