@@ -91,7 +91,7 @@ def commands(document: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
-    environment = Environment(tmp_path_factory.mktemp("reader") / "venv")
+    environment = Environment(tmp_path_factory.mktemp("reader") / "venv", sees_outer=False)
     yield environment
     # a gigabyte, which pytest would keep
     shutil.rmtree(environment.directory)
