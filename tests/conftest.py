@@ -9,10 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from packaging_support import (
     BACKPORT,
     LINE,
-    build,
     copy_project,
-    download_pinned_release,
-    offline,
     patched_tree,
     pristine_tree,
     provenance,
@@ -108,22 +105,6 @@ def pytest_report_header() -> str:
     import x_transformers
 
     return f"x_transformers: {Path(x_transformers.__file__).parent}"
-
-
-# what builds are tested with
-
-
-@pytest.fixture(scope="session")
-def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the pinned release, to build from offline."""
-    return download_pinned_release(tmp_path_factory.mktemp("wheelhouse"))
-
-
-@pytest.fixture(scope="session")
-def wheel(wheelhouse: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of this repository as it is."""
-    directory = tmp_path_factory.mktemp("wheel")
-    return build("build_wheel", copy_project(directory / "project"), directory / "out", offline(wheelhouse))
 
 
 @pytest.fixture

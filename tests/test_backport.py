@@ -66,7 +66,6 @@ def run_tests(tree: Path, report: Path, **variables: str) -> tuple[int, list[Out
     return result.returncode, read(report)
 
 
-@pytest.mark.slow
 def test_its_tests_pass(tmp_path: Path) -> None:
     status, outcomes = run_tests(patched_tree(BACKPORT), tmp_path / "report.xml")
     assert [(outcome.name, outcome.failure) for outcome in outcomes if outcome.failure is not None] == []

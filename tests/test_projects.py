@@ -64,12 +64,14 @@ def show(*values):
 
 
 class Environment:
-    """A virtual environment of its own, which sees the packages of the one that runs the tests, torch above all."""
+    """A virtual environment of its own; it may see the packages of the one that runs the tests, torch above all."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, sees_outer: bool) -> None:
         self.directory = directory
         subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
         self.python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        if not sees_outer:
+            return
         (site,) = self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.splitlines()
         Path(site, "outer.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
 
@@ -98,7 +100,7 @@ class Environment:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """With the projects and upstream's package."""
-    environment = Environment(tmp_path_factory.mktemp("projects") / "venv")
+    environment = Environment(tmp_path_factory.mktemp("projects") / "venv", sees_outer=True)
     environment.pip("install", "-q", *PROJECTS)
     # not the one of the other environment
     environment.pip("install", "-q", "--no-deps", "--ignore-installed", UPSTREAM)
