@@ -100,16 +100,20 @@ def shift_invariance(subject: Subject) -> Iterator[Point]:
         return torch.arange(net.positions(length), device=net.device)
 
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
-        inputs, pos, expected = subject.inputs.part(0, length), positions(length), subject.full[:, :length]
+        inputs, pos = subject.inputs.part(0, length), positions(length)
+        expected = net(inputs)[0]
         yield Point(length, deviation(net(inputs, pos=pos)[0], expected), "pos=arange(n) given")
-        # the layers of themselves take positions for the new alone
-        caches = net.is_wrapper and subject.holds_in_chunks
-        cache = net(inputs.part(0, length - 1))[1] if caches else None
         for shift in SHIFTS:
             yield Point(length, deviation(net(inputs, pos=pos + shift)[0], expected), f"by {shift:,}")
-            if caches:
-                out, _ = extend(net, inputs, length - 1, length, cache, only_new=False, pos=pos + shift)
-                yield Point(length, deviation(out, expected[:, -1:]), f"a cached token by {shift:,}")
+
+        # the layers of themselves take positions of the new alone
+        if net.is_wrapper and subject.holds_in_chunks:
+            cache = net(inputs.part(0, length - 1))[1]
+            decode_last = partial(extend, net, inputs, length - 1, length, cache, only_new=False)
+            last = decode_last()[0]
+            for shift in SHIFTS:
+                out = decode_last(pos=pos + shift)[0]
+                yield Point(length, deviation(out, last), f"a cached token by {shift:,}")
 
     shifts = torch.tensor((0, *SHIFTS[-(ROWS - 1) :]), device=net.device)[:, None]
     found, expected = net(subject.texts, pos=positions(subject.max_len) + shifts)[0], net(subject.texts)[0]
@@ -129,7 +133,7 @@ def up_to_the_limit(subject: Subject) -> Iterator[Point]:
     net = subject.net.duplicate()
     rotary: Any = net.layers.rotary_pos_emb
     # limits are odd numbers, so it may come out one higher
-    wanted = net.positions(subject.max_len - 1) - 1
+    wanted = net.positions(subject.max_len) - 2
     rotary.scale_base *= wanted / limit_of(rotary, net.dtype, masked=False)
     note = f"scale base {rotary.scale_base:.3g}"
 

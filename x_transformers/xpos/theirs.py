@@ -103,8 +103,8 @@ def _attribute(spec: str, module: Any, path: str) -> Any:
         try:
             found = getattr(found, name)
         except AttributeError:
-            functions = inspect.getmembers(module, inspect.isfunction)
-            theirs = [key for key, value in functions if value.__module__ == module.__name__ and key[0] != "_"]
+            functions = filter(inspect.isfunction, vars(module).values())
+            theirs = [each.__name__ for each in functions if each.__module__ == module.__name__]
             has = f"it has {', '.join(theirs[:5])}" if theirs else "it has no functions"
             raise _error(spec, f"module {module.__name__} has no attribute {path!r}; {has}") from None
     return found
