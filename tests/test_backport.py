@@ -140,12 +140,3 @@ def test_check_of_the_pristine_release(tmp_path: Path) -> None:
     assert re.search(rf"prefix consistency +error +\S+ +FAIL +{NAME_ERROR}", result.stdout)
     assert "left out  cached decode, new token (input_not_include_cache); shift of positions (pos)" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines() if str(ROOT) not in line) <= 100
-
-
-def test_survey_says_that_it_is_about_another_release(tmp_path: Path) -> None:
-    result = run_check(patched_tree(BACKPORT), tmp_path, "options")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "python -m x_transformers.xpos options: error: "
-        f"the survey is about the options of x-transformers 2.x, not of {VERSION}\n"
-    )

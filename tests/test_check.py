@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from packaging_support import hatch_build
 
 import x_transformers
 from x_transformers import x_transformers as upstream
-from x_transformers.xpos import Ours, Result, formula, judge, ours, package, properties, provenance, report
+from x_transformers.xpos import Ours, Result, formula, judge, ours, package, properties, report
 from x_transformers.xpos import __main__ as command
 from x_transformers.xpos.net import Net
 from x_transformers.xpos.properties import Point, Property
@@ -80,7 +81,7 @@ def test_every_property_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert out.count("  pass  ") == len(KEYS)
     assert f"all {len(KEYS)} properties hold" in out
     assert str(PACKAGE) in out
-    assert all(name in out for name in provenance.read_series(LINE))
+    assert all(name in out for name in hatch_build.read_series(LINE))
     assert max(len(line) for line in out.splitlines() if str(PACKAGE) not in line) <= 100
     assert err.splitlines() == [f"[{number}/{len(KEYS)}] {prop.name}" for number, prop in enumerate(PROPERTIES, 1)]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -331,7 +332,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def test_the_unpatched_release_is_told_from_the_fork(copy: Path) -> None:
-    for name in reversed(provenance.read_series(LINE)):
+    for name in reversed(hatch_build.read_series(LINE)):
         subprocess.run(["git", "apply", "--reverse", str(LINE / name)], cwd=copy, check=True)
     (copy / PACKAGE.name / "xpos" / "provenance.json").unlink()
     result = process(copy, *SHORT, path=copy)

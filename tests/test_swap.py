@@ -19,19 +19,19 @@ from typing import Any
 import pristine
 import pytest
 import strategies
+import survey
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pristine import build_both, pristine_imports, pristine_strategies
 from strategies import decoder_options, seeds, splits, tokens
+from survey import ENTRIES, MEASURES, PLAIN, Entry, Scene
 from test_properties import assert_equal_to_rounding
 from torch import Tensor
 from torch.nn import Module
 
 import x_transformers
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
-from x_transformers.xpos import survey
-from x_transformers.xpos.survey import ENTRIES, MEASURES, PLAIN, Entry, Scene
 
 HERE = Path(__file__).parent
 FORK = Path(x_transformers.__file__).parent.parent
