@@ -22,7 +22,7 @@ REGRESSIONS = {
     "forward.rotary_pos_emb": "differs",
     "attn_l2_distance": "not refused",
     "attn_use_cope": "not refused",
-    "forward.causal": "not refused",
+    "forward.causal": "differs",
     "forward.rotary_window": "no argument",
 }
 
