@@ -16,7 +16,7 @@ from torch.nn import Module
 
 PRISTINE = pristine_tree()
 # the package, and what of the tests builds models of it
-_ABOUT_THE_PACKAGE = ("x_transformers", "strategies")
+_ABOUT_THE_PACKAGE = ("x_transformers", "strategies", "survey")
 MODULES: dict[str, ModuleType] = {}
 
 

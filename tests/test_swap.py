@@ -37,7 +37,7 @@ HERE = Path(__file__).parent
 FORK = Path(x_transformers.__file__).parent.parent
 
 with pristine_imports():
-    from x_transformers.xpos import survey as pristine_survey
+    import survey as pristine_survey
 
 
 def test_they_are_two_packages() -> None:
