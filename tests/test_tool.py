@@ -504,9 +504,8 @@ def test_a_name_that_the_file_leaves_out_may_be_anothers_tensor(here: Path, tool
     )
     state = memory_keys(here, factory="memory_keys_twice").state_dict()
     save({name: value for name, value in state.items() if name.startswith("0.")}, "old.safetensors")
-    status, out, err = tool.run("migrate", "old.safetensors", "--model", "train:memory_keys_twice", "--length", "64", "--output",
-        "new.safetensors",
-    )  # fmt: skip
+    options = ("--model", "train:memory_keys_twice", "--length", "64", "--output", "new.safetensors")
+    status, out, err = tool.run("migrate", "old.safetensors", *options)
     assert status == 0, err
     assert "2 parameters in float32" in out
     assert load("new.safetensors").keys() == load("old.safetensors").keys()
