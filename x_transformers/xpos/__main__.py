@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,30 +54,6 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=100)
-
-
-class Progress:
-    """Tells where a run is: on a terminal one line that is rewritten, elsewhere a line per property."""
-
-    def __init__(self, stream: TextIO, total: int) -> None:
-        self.stream, self.total, self.count = stream, total, 0
-        self.terminal = stream.isatty()
-
-    def __call__(self, name: str, step: str) -> None:
-        if not step:
-            self.count += 1
-        line = f"[{self.count}/{self.total}] {name}"
-        if self.terminal:
-            self._write(f"\r\x1b[K{line}{', ' if step else ''}{step}")
-        elif not step:
-            self._write(f"{line}\n")
-
-    def clear(self) -> None:
-        if self.terminal:
-            self._write("\r\x1b[K")
-
-    def _write(self, output: str) -> None:
-        _write(self.stream, output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +130,7 @@ exit status: 0 all is well, 1 a property fails or the package is unpatched or mo
     add("--dtype", choices=tuple(DTYPES), help="of the model (default: float32; with --model, the model's)")
     add(
         "--max-len",
-        type=_whole_number,
+        type=int,
         metavar="N",
         help=f"how much text to read in one call, at least {MIN_LEN} (default: {DEFAULT_MAX_LEN} bytes; with --model "
         f"{DEFAULT_MAX_LEN_OF_MODEL} tokens, or all that it can read)",
@@ -178,9 +154,9 @@ exit status: 0, whether or not the length fits""",
     )
     dim_help = "rotated dims of a head, rotary_emb_dim (default: %(default)s, that of a Decoder with heads of 64)"
     base_help = "rotary_xpos_scale_base (default: 512, that of a Decoder)"
-    add("--dim", type=_whole_number, default=32, metavar="D", help=dim_help)
-    add("--scale-base", type=_number, default=512.0, metavar="S", help=base_help)
-    add("--length", type=_whole_number, metavar="N", help="also say which scale base N queries in one call need")
+    add("--dim", type=int, default=32, metavar="D", help=dim_help)
+    add("--scale-base", type=float, default=512.0, metavar="S", help=base_help)
+    add("--length", type=int, metavar="N", help="also say which scale base N queries in one call need")
 
 
 def _add_migrate(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -203,7 +179,7 @@ exit status: 0 converted, 1 the answers are not those of before, and nothing was
     length_help = "the length trained at, in positions: tokens, memory tokens and whatever was prepended"
     add("checkpoint", metavar="CHECKPOINT", help=source_help)
     add("--model", required=True, metavar="MODULE:FACTORY", help=model_help)
-    add("--length", required=True, type=_whole_number, metavar="N", help=length_help)
+    add("--length", required=True, type=int, metavar="N", help=length_help)
     add("--output", required=True, metavar="OUT", help="the file to write; it must not exist yet")
     add("--key", metavar="KEY", help="where in a dict the state dict is, as in model or state.model")
     add("--dry-run", action="store_true", help="convert and compare, and write nothing")
@@ -223,15 +199,15 @@ def run_check(options: argparse.Namespace) -> int:
 
         results, left_out = [], []
         notes = list(checked.notes)
-        progress = Progress(sys.stderr, sum(len(judge.plan(subject)[0]) for subject in checked.subjects.values()))
+        total = sum(len(judge.plan(subject)[0]) for subject in checked.subjects.values())
+        numbers = iter(range(1, total + 1))
         for name, subject in checked.subjects.items():
             prefix = f"{name}: " if len(checked.subjects) > 1 else ""
-            found, lacking = judge.check(subject, partial(_prefixed, progress, prefix))
+            found, lacking = judge.check(subject, partial(_progress, numbers, total, prefix))
             results += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in found]
             left_out += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in lacking]
             if not subject.positions_matter():
                 notes.append(f"{prefix}{_NO_POSITIONS}")
-        progress.clear()
 
     subjects = list(checked.subjects.values())
     outcome = report.Report(
@@ -289,8 +265,8 @@ def _user_model(options: argparse.Namespace, dtype: torch.dtype | None, device: 
     return Checked(subjects, f"{options.model}, {theirs.kind_of(model)}", "random", tuple(tested), tuple(notes))
 
 
-def _prefixed(progress: Progress, prefix: str, name: str, step: str) -> None:
-    progress(prefix + name, step)
+def _progress(numbers: Iterator[int], total: int, prefix: str, name: str) -> None:
+    print(f"[{next(numbers)}/{total}] {prefix}{name}", file=sys.stderr)
 
 
 def _max_len(asked: int | None, default: int, net: Net) -> int:
@@ -374,20 +350,6 @@ def _migrated(outcome: migration.Migration, output: Path, *, written: bool) -> s
     else:
         lines.append("FAIL      the answers are not those of before: nothing was written")
     return "\n".join(lines) + "\n"
-
-
-def _whole_number(value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
-
-
-def _number(value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
 
 
 def _write(stream: TextIO, output: str) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .net import duplicate
 
 SAFETENSORS = ".safetensors"
 
@@ -29,7 +29,7 @@ class Checkpoint:
 
     content: Any
     state: MutableMapping[str, Any]
-    metadata: Mapping[str, str] | None = None
+    metadata: dict[str, str] | None = None
     is_safetensors: bool = False
 
 
@@ -71,15 +71,6 @@ def read(path: Path, key: str | None) -> Checkpoint:
         return _read_safetensors(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path):  # what torch.save writes; anything else says as much, or nothing
-            raise _unreadable(path, error) from error
-        raise CheckpointError(
-            f"argument CHECKPOINT: {path} holds more than tensors and plain values, and is not read, as that would run "
-            "code in it; save the state dict alone, with torch.save(model.state_dict(), …)"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"argument CHECKPOINT: cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # whatever a file that is none of torch's makes it raise
         raise _unreadable(path, error) from error
     return Checkpoint(content, _state_in(content, key, path))
@@ -92,8 +83,6 @@ def _read_safetensors(path: Path) -> Checkpoint:
             metadata = file.metadata()
             # in the order of the file
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise CheckpointError(f"argument CHECKPOINT: cannot read {path}: {error.strerror or error}") from error
     except Exception as error:
         raise _unreadable(path, error) from error
     return Checkpoint(state, state, metadata, is_safetensors=True)
@@ -111,28 +100,24 @@ def _safetensors(argument: str) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    lines = str(error).strip().splitlines()
-    reason = f"{type(error).__name__}{f': {lines[0][:120]}' if lines else ''}"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
     return CheckpointError(
-        f"argument CHECKPOINT: {path} is no file of torch.save, or damaged ({reason}); give the file of a state dict"
+        f"argument CHECKPOINT: {path} cannot be read as tensors and plain values ({reason}); give the file of a state "
+        "dict, as written by torch.save(model.state_dict(), …)"
     )
 
 
 def _state_in(content: Any, key: str | None, path: Path) -> MutableMapping[str, Any]:
+    found, argument = content, "CHECKPOINT"
     if key is not None:
-        found: Any = content
+        argument = "--key"
         # a name with dots, or names of dicts in dicts
-        steps = [key] if isinstance(content, Mapping) and key in content else key.split(".")
-        for step in steps:
-            if not isinstance(found, Mapping) or step not in found:
-                raise CheckpointError(f"argument --key: {path} has no {key!r}; {_keys_hint(content)}")
-            found = found[step]
-        if not _is_state(found):
-            raise CheckpointError(f"argument --key: {key!r} in {path} is no state dict; {_keys_hint(content)}")
-        return found  # type: ignore[no-any-return]
-    if _is_state(content):
-        return content  # type: ignore[no-any-return]
-    raise CheckpointError(f"argument CHECKPOINT: {path} is not itself a state dict; {_keys_hint(content)}")
+        for step in [key] if isinstance(content, Mapping) and key in content else key.split("."):
+            found = found.get(step) if isinstance(found, Mapping) else None
+    if not _is_state(found):
+        what = f"{path} is not itself a state dict" if key is None else f"{path} has no state dict {key!r}"
+        raise CheckpointError(f"argument {argument}: {what}; {_keys_hint(content)}")
+    return found  # type: ignore[no-any-return]
 
 
 def _is_state(content: Any) -> bool:
@@ -161,47 +146,28 @@ def complete(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises CheckpointError, with the names, if it is not of this model.
     """
-    expected = model.state_dict(keep_vars=True)
-    missing = [name for name in expected if name not in state]
     given = dict(state)
-    same: dict[int, list[str]] = {}
-    for name, value in expected.items():
-        same.setdefault(id(value), []).append(name)
-    for name in list(missing):
-        others = [other for other in same[id(expected[name])] if other in state]
-        if others:
-            given[name] = state[others[0]]
-            missing.remove(name)
-
-    unexpected = [name for name in state if name not in expected]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
-        for name, value in expected.items()
-        if isinstance(value, Tensor) and isinstance(state.get(name), Tensor) and state[name].shape != value.shape
-    ]
-    problems = [
-        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for what, names in (("it lacks", missing), ("the model lacks", unexpected), ("shapes differ:", shapes))
-        if names
-    ]
-    if problems:
+    for names in aliases(model).values():
+        there = [name for name in names if name in state]
+        given.update({name: state[there[0]] for name in names if there and name not in state})
+    try:
+        duplicate(model).to("cpu").load_state_dict(given)
+    except RuntimeError as error:
+        # torch's own list of what is missing, unexpected or of another shape
+        reasons = " ".join(line.strip()[:150] for line in str(error).splitlines()[1:4])
+        way_out = "give the factory of the model that was saved"
         raise CheckpointError(
-            f"argument CHECKPOINT: it is not of the model that the factory builds: {'; '.join(problems)}; "
-            f"{_prefix_hint(missing, unexpected)}"
-        )
+            f"argument CHECKPOINT: it is not of the model that the factory builds: {reasons}; {way_out}"
+        ) from None
     return given
 
 
-def _prefix_hint(missing: list[str], unexpected: list[str]) -> str:
-    for name in unexpected:
-        for end in missing:
-            if name.endswith(f".{end}"):
-                return f"have the factory return what has it as {name.removesuffix(end).rstrip('.')!r}"
-    for name in missing:
-        for end in unexpected:
-            if name.endswith(f".{end}"):
-                return f"have the factory return its {name.removesuffix(end).rstrip('.')!r} alone"
-    return "give the factory of the model that was saved"
+def aliases(model: nn.Module) -> dict[int, list[str]]:
+    """The names in the state dict of each parameter, by its identity."""
+    found: dict[int, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(value), []).append(name)
+    return found
 
 
 # writing
@@ -212,32 +178,22 @@ def write(checkpoint: Checkpoint, output: Path, like: Path) -> None:
 
     Raises CheckpointError.
     """
-    save: Callable[[str], None]
-    if checkpoint.is_safetensors:
-        safetensors = _safetensors("argument --output")
-        metadata = None if checkpoint.metadata is None else dict(checkpoint.metadata)
-
-        def save(path: str) -> None:
-            safetensors.torch.save_file(dict(checkpoint.state), path, metadata=metadata)
-    else:
-
-        def save(path: str) -> None:
-            torch.save(checkpoint.content, path)
-
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".new")
         os.close(handle)
-        save(temporary)
+        if checkpoint.is_safetensors:
+            save_file = _safetensors("argument --output").torch.save_file
+            save_file(dict(checkpoint.state), temporary, metadata=checkpoint.metadata)
+        else:
+            torch.save(checkpoint.content, temporary)
         shutil.copymode(like, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         _place(temporary, output)
     except FileExistsError:
         raise CheckpointError(f"argument --output: {output} exists by now; remove it or give another path") from None
-    except OSError as error:
-        raise CheckpointError(f"argument --output: cannot write {output}: {error.strerror or error}") from error
-    except RuntimeError as error:  # torch's own writer, with the reason in the first line
+    except (OSError, RuntimeError) as error:  # torch's own writer has the reason in the first line
         raise CheckpointError(f"argument --output: cannot write {output}: {str(error).splitlines()[0]}") from error
     finally:
         if temporary is not None:

@@ -50,18 +50,8 @@ def scores(
     `key_pos` `(j,)`. Returns two float64 tensors `(heads, i, j)` on the CPU: the scores, in the unit of the softmax's
     argument, and the same sums over absolute values, which bound what a rounding of q or k can do to a score. Keys
     after their query (n > m) are not attended to and hold 0 in both.
-
-    >>> q = k = torch.ones(1, 1, 2)
-    >>> score, size = scores(q, k, torch.tensor([7]), torch.tensor([7]), rotary_dim=2)
-    >>> score.item() == size.item() == 2 ** 0.5
-    True
-
-    Raises ValueError if `rotary_dim` is odd or more than `dim_head`.
     """
     dim_head = q.shape[-1]
-    if rotary_dim % 2 or not 0 <= rotary_dim <= dim_head:
-        raise ValueError(f"rotary_dim must be even and from 0 to dim_head = {dim_head}, got {rotary_dim}")
-
     q, k = q.detach().cpu().double(), k.detach().cpu().double()
     query_pos, key_pos = query_pos.cpu(), key_pos.cpu()
     q_pairs, q_plain = _pairs(q[..., :rotary_dim]), q[..., rotary_dim:]

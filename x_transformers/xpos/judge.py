@@ -67,18 +67,17 @@ def plan(subject: Subject) -> tuple[list[Property], list[LeftOut]]:
 
 @torch.no_grad()
 def check(
-    subject: Subject, progress: Callable[[str, str], None] = lambda _name, _step: None
+    subject: Subject, progress: Callable[[str], None] = lambda _name: None
 ) -> tuple[tuple[Result, ...], tuple[LeftOut, ...]]:
     """Measure every property that the model can have; those that it cannot are named with the reason.
 
-    One that raises is a failed result with its error, and the rest still run. `progress` is told the property and,
-    length by length, where in it the run is.
+    One that raises is a failed result with its error, and the rest still run. `progress` is told the name of each.
     """
     results = []
     planned, left_out = plan(subject)
     for prop in planned:
-        progress(prop.name, "")
-        result = _judge(prop, subject, progress)
+        progress(prop.name)
+        result = _judge(prop, subject)
         reason = "" if result.passed or isinstance(subject, Ours) else _reason_of_twin(prop, subject, result)
         if reason:
             left_out.append(LeftOut(prop.key, prop.name, reason))
@@ -87,9 +86,7 @@ def check(
     return tuple(results), tuple(left_out)
 
 
-def _judge(
-    prop: Property, subject: Subject, progress: Callable[[str, str], None], tolerance: float | None = None
-) -> Result:
+def _judge(prop: Property, subject: Subject, tolerance: float | None = None) -> Result:
     """The verdict on what is measured; what that raises is a failure with the error."""
     points: list[Point] = []
     error = None
@@ -97,9 +94,7 @@ def _judge(
         if prop.variant is not None and isinstance(subject, Ours):
             subject = subject.variant(**prop.variant())
         tolerance = prop.tolerance(subject) if tolerance is None else tolerance
-        for point in prop.measure(subject):
-            points.append(point)
-            progress(prop.name, f"length {point.length:,}")
+        points += prop.measure(subject)
     except Exception as raised:  # whatever a broken package raises is what there is to report
         error = " ".join(f"{type(raised).__name__}: {raised}".split())
     worst = None if error else max(point.deviation for point in points)
@@ -111,7 +106,7 @@ def _reason_of_twin(prop: Property, subject: Subject, result: Result) -> str:
     found = result.error
     # the tolerance is that of plain rotary
     if result.tolerance is not None:
-        of_twin = _judge(prop, subject.plain, lambda _name, _step: None, result.tolerance)
+        of_twin = _judge(prop, subject.plain, result.tolerance)
         if of_twin.passed:
             return ""
         found = of_twin.error or f"{of_twin.deviation:.1e} apart, {of_twin.detail}"

@@ -70,13 +70,10 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Needed:
-    """What it takes for a length: how many calls through the KV cache or, in one call, the least whole scale base."""
+class Needed(Limit):
+    """What it takes for a length: in one call, the least whole scale base, or how many calls through the KV cache."""
 
-    dtype: str
     calls: int
-    unmasked: int
-    masked: int
 
 
 def limits(dim: int, scale_base: float) -> tuple[Limit, ...]:
@@ -91,15 +88,15 @@ def limits(dim: int, scale_base: float) -> tuple[Limit, ...]:
 def needed(dim: int, scale_base: float, length: int) -> tuple[Needed, ...]:
     """What it takes for `length` queries in each dtype."""
 
-    def base(dtype: str, *, masked: bool) -> int:
+    def base(dtype: str, kind: str) -> int:
         def limit_at(base: int) -> int:
             rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=base)
-            return limit_of(rotary, DTYPES[dtype], masked=masked)
+            return limit_of(rotary, DTYPES[dtype], masked=kind == "masked")
 
         return shortest_scale_base(length, limit_at)
 
     return tuple(
-        Needed(row.dtype, math.ceil(length / row.masked), base(row.dtype, masked=False), base(row.dtype, masked=True))
+        Needed(row.dtype, base(row.dtype, "any"), base(row.dtype, "masked"), math.ceil(length / row.masked))
         for row in limits(dim, scale_base)
     )
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from . import checkpoint as files
 from . import theirs
 from .checkpoint import Checkpoint, CheckpointError
-from .limits import longest_window
-from .migrate import Fold, folds
+from .limits import DTYPES, longest_window
+from .migrate import folds
 from .net import Inputs, Net, duplicate
 from .runs import deviation
 from .subject import ROWS, Subject, unit_roundoff
@@ -32,8 +32,6 @@ LONGEST_COMPARED = 1_024
 
 # What a rounding does to the answers differs from one to the next: the worst of some is taken.
 _ROUNDINGS = 4
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,19 @@ def migrate(spec: str, model: nn.Module, loaded: Checkpoint, length: int) -> Mig
         found = folds(model, length)
     except ValueError as error:
         raise CheckpointError(f"argument --model: {spec}: {error}") from None
-    names = _names(model, found, loaded.state)
-    dtype = _dtype(loaded.state, names)
+    aliases = files.aliases(model)
+    dtype = _dtype({name: before[name] for fold in found for name in aliases[id(fold.mem_k)]})
 
-    changed: dict[str, Tensor] = {}
+    after, changed = dict(before), {}
     for fold in found:
-        for name in names[id(fold.mem_k)]:
+        for name in aliases[id(fold.mem_k)]:
             try:
-                changed[name] = fold(loaded.state[name])
+                after[name] = fold(before[name])
             except ValueError as error:
                 raise CheckpointError(f"argument CHECKPOINT: {name}: {error}") from None
-    after = {name: changed.get(name, value) for name, value in before.items()}
-    # a name that the file leaves out, as it is another's tensor
-    for group in _aliases(model).values():
-        folded = next((changed[name] for name in group if name in changed), None)
-        if folded is not None:
-            after.update(dict.fromkeys(group, folded))
+            # not one that the file leaves out, as it is another's tensor
+            if name in loaded.state:
+                changed[name] = after[name]
 
     names_changed = {name for name, value in after.items() if value is not before[name]}
     compared, apart, tolerance, size = _compare(spec, model, before, after, names_changed, length, dtype)
@@ -97,7 +92,7 @@ def migrate(spec: str, model: nn.Module, loaded: Checkpoint, length: int) -> Mig
     return Migration(
         length=length,
         dtype=str(dtype).removeprefix("torch."),
-        parameters=tuple(dict.fromkeys(name for fold in found for name in names[id(fold.mem_k)])),
+        parameters=tuple(changed),
         largest_factor=max(float(fold.factor.max()) for fold in found),
         compared=compared,
         deviation=apart,
@@ -106,30 +101,14 @@ def migrate(spec: str, model: nn.Module, loaded: Checkpoint, length: int) -> Mig
     )
 
 
-def _aliases(model: nn.Module) -> dict[int, list[str]]:
-    """The names in the state dict of each parameter, by its identity."""
-    found: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        found.setdefault(id(value), []).append(name)
-    return found
-
-
-def _names(model: nn.Module, found: list[Fold], state: Any) -> dict[int, list[str]]:
-    """The names in the file of each parameter to fold."""
-    aliases = _aliases(model)
-    return {id(fold.mem_k): [name for name in aliases[id(fold.mem_k)] if name in state] for fold in found}
-
-
-def _dtype(state: Any, names: dict[int, list[str]]) -> torch.dtype:
+def _dtype(memory_keys: dict[str, Tensor]) -> torch.dtype:
     """The one with the fewest digits that the memory keys are in."""
-    found = [(name, state[name].dtype) for group in names.values() for name in group]
-    for name, dtype in found:
-        if dtype not in _DTYPES:
+    for name, value in memory_keys.items():
+        if value.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"argument CHECKPOINT: {name} is in {dtype}, which no model can be run in; convert it to bfloat16 first"
+                f"argument CHECKPOINT: {name} is in {value.dtype}, which no model can be run in; convert it to bfloat16"
             )
-    coarsest: torch.dtype = max((dtype for _, dtype in found), key=lambda dtype: torch.finfo(dtype).eps)
-    return coarsest
+    return max((value.dtype for value in memory_keys.values()), key=unit_roundoff)
 
 
 def _compare(

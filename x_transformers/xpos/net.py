@@ -175,7 +175,7 @@ class Net:
         """The same weights, rounded to the model's dtype if they are not yet, and plain rotary, in `dtype`."""
         twin = Net(duplicate(self.module).to(dtype=dtype))
         if not twin.is_plain:
-            twin.layers.rotary_pos_emb = PlainRotary(2 * twin.layers.rotary_pos_emb.inv_freq.shape[0])
+            twin.layers.rotary_pos_emb = PlainRotary(2 * twin.layers.rotary_pos_emb.inv_freq.shape[0], dtype)
         return twin
 
     def as_float64(self) -> Net:
@@ -244,9 +244,13 @@ class Net:
 class PlainRotary(nn.Module):
     """Plain rotary in place of a `RotaryEmbedding`, with tables in float64, so that what rounds is the model alone."""
 
-    def __init__(self, dim: int) -> None:
+    like: Tensor
+
+    def __init__(self, dim: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.scale, self.dim = None, dim
+        # of the dtype that the model is in, also after it was cast
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, t: Tensor, offset: object = 0, seq_len: object = None) -> tuple[Tensor, Tensor | float]:
         """Angles `(1, n, dim)` or `(b, n, dim)` of positions `t`, `(n,)` or `(b, n)`, and a scale of 1."""
@@ -255,8 +259,10 @@ class PlainRotary(nn.Module):
         if rotates_neighbors():
             angle = angle.repeat_interleave(2, dim=-1)
             return angle[None] if t.ndim == 1 else angle, 1.0
-        angle = torch.cat((angle, angle), dim=-1)
-        # 1.27.5 has angles (n, dim), and brings back to the model's dtype only what it scales by a tensor
+        # 1.27.5 has angles (n, dim), computes in their dtype, and brings back to the model's only what it scales by a
+        # tensor, unpatched not even that
+        angle = torch.cat((angle, angle), dim=-1).remainder(2 * math.pi)
+        angle = angle.to(torch.promote_types(self.like.dtype, torch.float32))
         return angle, torch.ones_like(angle)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import random
 import sys
 import traceback
@@ -47,31 +46,21 @@ def undisturbed() -> Iterator[None]:
 def build(spec: str) -> nn.Module:
     """What the factory of `MODULE:FACTORY` returns, called without arguments.
 
-    To be called, as the model is, while `undisturbed` is open. Raises ModelError, in one line, for a spec that is none,
-    for whatever the import or the factory raises, and for what is no module.
+    To be called, as the model is, while `undisturbed` is open. Raises ModelError, in one line, for whatever the import
+    or the factory raises, and for what is no module.
     """
     module_name, _, attribute = spec.partition(":")
-    if not (module_name and attribute):
+    if not (module_name and attribute) or module_name.endswith(".py") or "/" in module_name:
         raise _error(spec, "it must be MODULE:FACTORY, as in train:build_model for the function in train.py")
-    if module_name.endswith(".py") or "/" in module_name or "\\" in module_name:
-        dotted = module_name.removesuffix(".py").replace("\\", ".").replace("/", ".").strip(".")
-        raise _error(spec, f"MODULE is a name as in an import, not a path; give {dotted}:{attribute}")
-
-    factory = _attribute(spec, _import(spec, module_name), attribute)
-    if not callable(factory):
-        kind = kind_of(factory)
-        raise _error(spec, f"{attribute} is {kind}, not a function; give one that builds and returns the model")
+    doing = f"importing {module_name}"
     try:
-        inspect.signature(factory).bind()
-    except TypeError as error:
-        raise _error(spec, f"it is called without arguments, and {error}; give a function that needs none") from None
-    except ValueError:  # has no signature: the call will tell
-        pass
-
-    try:
+        factory: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            factory = getattr(factory, name)
+        doing = f"calling {attribute} without arguments"
         model = factory()
     except (Exception, SystemExit) as error:
-        raise _error(spec, _reason(error)) from error
+        raise _error(spec, f"{doing} failed: {_reason(error)}") from error
     if not isinstance(model, nn.Module):
         way_out = "return the TransformerWrapper, the Decoder or a module that holds one"
         raise _error(spec, f"it returned {kind_of(model)}; {way_out}")
@@ -82,53 +71,16 @@ def _error(spec: str, message: str) -> ModelError:
     return ModelError(f"argument --model: {spec}: " + " ".join(message.split()))
 
 
-def _import(spec: str, name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
-            reason = f"there is no module {error.name!r} in the current directory or among what is installed"
-            raise _error(spec, f"{reason}; run this where an import of it works") from None
-        if isinstance(error, SystemExit):
-            way_out = 'put what a script runs under `if __name__ == "__main__":`'
-            raise _error(spec, f"importing {name} ended the process{_where(error)}; {way_out}") from error
-        way_out = "; install what it imports" if isinstance(error, ModuleNotFoundError) else ""
-        reason = f"importing {name} failed: {type(error).__name__}: {error}{_where(error)}{way_out}"
-        raise _error(spec, reason) from error
-
-
-def _attribute(spec: str, module: Any, path: str) -> Any:
-    found = module
-    for name in path.split("."):
-        try:
-            found = getattr(found, name)
-        except AttributeError:
-            functions = filter(inspect.isfunction, vars(module).values())
-            theirs = [each.__name__ for each in functions if each.__module__ == module.__name__]
-            has = f"it has {', '.join(theirs[:5])}" if theirs else "it has no functions"
-            raise _error(spec, f"module {module.__name__} has no attribute {path!r}; {has}") from None
-    return found
-
-
 def _reason(error: BaseException) -> str:
-    message = str(error)
+    """What was raised, and the last line of the user's own code that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, (AssertionError, ValueError)) and frames and Path(frames[-1].filename).parent == _PACKAGE:
-        # an assertion without a message is its own
-        return (
-            f"x-transformers refuses to build this model{_where(error)}: {message or frames[-1].line}; "
-            "change the option that this names, and run again"
-        )
-    return f"it raised {type(error).__name__}{f': {message}' if message else ''}{_where(error)}"
-
-
-def _where(error: BaseException) -> str:
-    """The last line of the user's own code that an error came through."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    # an assertion of x-transformers without a message is its own
+    reason = f"{type(error).__name__}: {str(error) or frames[-1].line}"
+    for frame in reversed(frames):
         path = Path(frame.filename)
         if path.suffix == ".py" and "site-packages" not in path.parts and _PACKAGE not in path.parents:
-            return f" ({path.name}, line {frame.lineno})"
-    return ""
+            return f"{reason} ({path.name}, line {frame.lineno})"
+    return reason
 
 
 def kind_of(value: Any) -> str:
