@@ -14,6 +14,7 @@ It works on an unpatched x_transformers too, and says what is wrong with it. Imp
                   net               one way to call a model, ours or the user's, and its twin with plain rotary
                     formula         the score of the paper, in float64
       theirs                        the user's model, built and searched for xPos      (net)
+      chunks                        a long sequence, taken in chunks through the KV cache        (net)
       limits                        how many queries fit into one call                 (formula)
       migration                     a checkpoint of upstream's, converted and proven   (subject, theirs)
         checkpoint, migrate         files of weights; the factor of the memory keys
@@ -22,8 +23,9 @@ It works on an unpatched x_transformers too, and says what is wrong with it. Imp
 
 from __future__ import annotations
 
+from .chunks import prefill
 from .judge import Result, check
 from .migrate import fold_mem_kv_
 from .ours import Ours
 
-__all__ = ["Ours", "Result", "check", "fold_mem_kv_"]
+__all__ = ["Ours", "Result", "check", "fold_mem_kv_", "prefill"]
