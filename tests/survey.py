@@ -301,19 +301,18 @@ def on(names: str, needs: str = "", words: str = "", **how: Any) -> None:
     for name in names.split():
         option, setting = name.partition("=")[0], Setting(name, parse(words or name), parse(needs), **how)
         enter(option, setting)
-        kind, _, of_attention = option.partition("attn_")
-        if not kind and of_attention in CROSS_TOO:
-            enter(f"cross_{option}", of_cross_attention(of_attention, setting))
+        if option.removeprefix("attn_") in CROSS_TOO and option.startswith("attn_"):
+            enter(f"cross_{option}", of_cross_attention(setting))
 
 
-def of_cross_attention(option: str, setting: Setting) -> Setting:
+def of_cross_attention(setting: Setting) -> Setting:
     """The same setting of cross-attention alone, whose context has positions."""
     turned_on, needs = (
         {f"cross_{key}" if key.startswith("attn_") else key: value for key, value in words.items()}
-        for words in (setting.on, setting.needs)
+        for words in (setting.on, {**setting.needs, **parse(CROSS)})
     )
+    option = setting.name.partition("=")[0].removeprefix("attn_")
     fails = next((message for message, names in ONLY_SELF.items() if option in names.split()), "")
-    needs = {**needs, **parse(CROSS)}
     return replace(setting, name=f"cross_{setting.name}", on=turned_on, needs=needs, refused="", fails=fails)
 
 

@@ -141,22 +141,22 @@ def test_up_to_the_limit_finite_and_right_and_beyond_it_an_error(dtype, flash, f
     masked = flash and feature != ""
     options = {**scale_base_options(flash), **MASKED[feature]}
     model = build(options, 0, max_mem_len=8).train(feature == "dropout")
-    large = deepcopy(model).to(dtype)
     for attention in (m for m in model.modules() if isinstance(m, Attention)):
         # nothing is refused that some parameters make right
         attention.to_q.weight.mul_(2**-6)
         attention.to_k.weight.mul_(2**-6)
-    longest = limit(dtype, 4, masked=masked)
+    rounded, longest = deepcopy(model).to(dtype), limit(dtype, 4, masked=masked)
     x = tokens(0, 2, longest + 1)
 
-    actual = run_masked(deepcopy(model).to(dtype), feature, x, longest)
+    with pytest.raises(ValueError, match=rf"{longest + 1} queries .* limit of {longest} .*{dtype}.*scale base of 4 "):
+        run_masked(rounded, feature, x, longest + 1)
+
+    actual = run_masked(rounded, feature, x, longest)
 
     assert torch.isfinite(actual).all()
     if feature in ("", "num_mem_kv"):  # others lose digits of their own
         expected = run_masked(model, feature, x, longest)
         assert (actual.double() - expected).abs().max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
-    with pytest.raises(ValueError, match=rf"{longest + 1} queries .* limit of {longest} .*{dtype}.*scale base of 4 "):
-        run_masked(large, feature, x, longest + 1)
 
 
 @given(st.sampled_from(DTYPES), st.sampled_from([4, 64, 100, 512, 4096]))
@@ -183,22 +183,13 @@ def test_the_remedy_in_the_message_works_as_it_is_written(dtype, flash):
 
     with pytest.raises(ValueError, match="chunks of at most") as error:
         half(x)
-    size = int(
-        re.search(
-            r"in chunks of at most (\d+), with `input_not_include_cache = True` and `cache_age`", str(error.value)
-        )[1]
-    )
+    said = r"in chunks of at most (\d+), with `input_not_include_cache = True` and `cache_age`"
+    size = int(re.search(said, str(error.value))[1])
 
-    logits, cache = [], None
-    for chunk in x.split(size, dim=1):
-        out, cache = half(
-            chunk, cache=cache, input_not_include_cache=True, cache_age=chunk.shape[1], return_intermediates=True
-        )
-        logits.append(out)
+    logits, _ = prefill_with_cache(half, x, [len(chunk) for chunk in x[0].split(size)])
 
     expected = model(x)
-    error = (torch.cat(logits, dim=1).double() - expected).abs().max()
-    assert error <= 64 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (logits.double() - expected).abs().max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
     # and the other two
     increased = build(dict(scale_base_options(flash), rotary_xpos_scale_base=16), 0, dtype=dtype)
     assert torch.isfinite(increased(x)).all()

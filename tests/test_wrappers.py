@@ -357,24 +357,15 @@ def continuous_generation_past_max_seq_len(d: Drawn) -> Pairs:
     yield short, long
 
 
-def several_inputs(d: Drawn, **how: Any) -> Pairs:
+@case(mem_kv=False)
+def several_inputs_in_two_calls(d: Drawn) -> Pairs:
     inputs = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32, max_mem_len=64)
     model = d.prepared(MultiInputTransformerWrapper(attn_layers=Decoder(**d.options), **inputs))
     x = dict(a=d.x, b=d.x.flip(0))
     first, rest = ({name: t[:, part] for name, t in x.items()} for part in (slice(d.first), slice(d.first, None)))
-    logits, state = model(first, **how)
-    how = dict(mems=state) if "return_mems" in how else dict(cache=state, cache_age=d.new)
-    yield torch.cat((logits["b"], model(rest, **how)["b"]), dim=1), model(x)["b"]
-
-
-@case()
-def several_inputs_in_chunks(d: Drawn) -> Pairs:
-    return several_inputs(d, return_intermediates=True)
-
-
-@case(mem_kv=False)
-def several_inputs_in_segments(d: Drawn) -> Pairs:
-    return several_inputs(d, return_mems=True)
+    logits, state = model(first, **{"return_mems" if d.flag else "return_intermediates": True})
+    after = model(rest, **(dict(mems=state) if d.flag else dict(cache=state, cache_age=d.new)))
+    yield torch.cat((logits["b"], after["b"]), dim=1), model(x)["b"]
 
 
 # padding
