@@ -296,10 +296,19 @@ def enter(option: str, *settings: Setting, reason: str = "") -> None:
     ENTRIES[option] = Entry(option, before + settings, reason)
 
 
+def words_of(name: str) -> str:
+    """Of `forward.a=b` what is passed in the call: what `CALLS` has for b, or else b itself."""
+    _, of_forward, argument = name.rpartition("forward.")
+    if not of_forward:
+        return name
+    value = argument.partition("=")[2]
+    return f"@{value}" if value in CALLS else f"@{argument}"
+
+
 def on(names: str, needs: str = "", words: str = "", **how: Any) -> None:
-    """Options of the decoder, each turned on alone, by `words` if not by its name; and those of cross-attention."""
+    """Options, each turned on alone, by `words` if not as `words_of` says; and those of cross-attention with them."""
     for name in names.split():
-        option, setting = name.partition("=")[0], Setting(name, parse(words or name), parse(needs), **how)
+        option, setting = name.partition("=")[0], Setting(name, parse(words or words_of(name)), parse(needs), **how)
         enter(option, setting)
         if option.removeprefix("attn_") in CROSS_TOO and option.startswith("attn_"):
             enter(f"cross_{option}", of_cross_attention(setting))
@@ -443,68 +452,50 @@ def enter_options_of_the_decoder() -> None:
 
 
 def enter_arguments_of_forward() -> None:
-    cross, cross_with_memory = "cross_attend", "cross_attend attn_num_mem_kv=3"
-    for name, needs, words in (
-        ("context=(b,m,d)", cross, "@context"),
-        ("context=(b,0,d),num_mem_kv", cross_with_memory, "@no_context @no_context_pos"),
-        ("context_mask=(b,m)", CROSS, "@context_mask"),
-        ("context_pos=(m,)", f"{cross} @context", "@context_pos"),
-        ("context_pos=(b,m)", f"{cross} @context", "@context_pos_per_row"),
-        ("context_pos=(m,),num_mem_kv", f"{cross_with_memory} @context", "@context_pos"),
-        ("cross_attn_kv_residuals=(b,m,d)", CROSS, "@cross_kv_residuals"),
-        ("mask=(b,n)", "", "@mask"),
-        ("mem_masks=(b,n)", "", "@mask"),
-        ("self_attn_kv_mask=(b,n)", "", "@kv_mask"),
-        ("self_attn_kv_mask=(b,n),flash", f"attn_flash {OWN}", "@kv_mask"),
-        ("attn_mask=(n,n)", "", "@attn_mask"),
-        ("attn_bias=(1,h,i,j)", "", "@attn_bias"),
-        ("seq_start_pos=(b,)", "", "@seq_start_pos"),
-        ("in_attn_cond=(b,d)", "", "@in_attn_cond"),
-        ("self_attn_kv_residuals=(b,n,d)", "", "@self_kv_residuals"),
-        ("condition=(b,d)", ADAPTIVE.replace("@condition", ""), "@condition"),
-        ("condition=(b,n,d)", ADAPTIVE.replace("@condition", ""), "@condition_along"),
-        ("layers_execute_order=(0,1,0,...)", "", "@layers_execute_order=(0,1,0,1,2,3)"),
-        ("repeat_blocks=(1,2)", "", "@repeat_blocks=(1,2)"),
-        ("transform_block_inputs=callable", "", "@transform"),
-        ("deep_embeds_and_ids=ff_deep_embed", "", "wrapper.ff_deep_embed"),
-        ("self_attn_additional_kv=tuples", "", "@added_kv"),
-        ("self_attn_additional_kv=tuples_of_one_head", "", "@added_kv_of_one_head"),
-        ("self_attn_additional_kv=of_a_model", "", "@added_kv_of_a_model"),
-        ("self_attn_additional_kv=tuples,num_mem_kv", "attn_num_mem_kv=2", "@added_kv"),
-        ("additional_kv_mask=(b,m)", "@added_kv", "@added_kv_mask"),
-        ("route_additional_kv_to_top=False", "depth=3 @added_kv", "@route_additional_kv_to_top=False"),
-    ):
-        on(f"forward.{name}", needs, words)
+    on("forward.mask=mask forward.mem_masks=mask forward.self_attn_kv_mask=kv_mask forward.attn_mask=attn_mask")
+    on("forward.attn_bias=attn_bias forward.seq_start_pos=seq_start_pos forward.in_attn_cond=in_attn_cond")
+    on("forward.self_attn_kv_residuals=self_kv_residuals forward.transform_block_inputs=transform")
+    on("forward.layers_execute_order=(0,1,0,1,2,3) forward.repeat_blocks=(1,2)")
+    on("forward.self_attn_additional_kv=added_kv forward.self_attn_additional_kv=added_kv_of_one_head")
+    on("forward.self_attn_additional_kv=added_kv_of_a_model")
+    on("forward.self_attn_additional_kv=added_kv,num_mem_kv", "attn_num_mem_kv=2", "@added_kv")
+    on("forward.additional_kv_mask=added_kv_mask", "@added_kv")
+    on("forward.route_additional_kv_to_top=False", "depth=3 @added_kv")
+    on("forward.self_attn_kv_mask=kv_mask,flash", f"attn_flash {OWN}", "@kv_mask")
+    on("forward.deep_embeds_and_ids=ff_deep_embed", "", "wrapper.ff_deep_embed")
+    adaptive = ADAPTIVE.replace("@condition", "")
+    on("forward.condition=condition forward.condition=condition_along", adaptive)
+    on("forward.context=context", "cross_attend")
+    on("forward.context_mask=context_mask forward.cross_attn_kv_residuals=cross_kv_residuals", CROSS)
+    on("forward.context_pos=context_pos forward.context_pos=context_pos_per_row", "cross_attend @context")
+    with_memory = "cross_attend attn_num_mem_kv=3"
+    on("forward.context=no_context,num_mem_kv", with_memory, "@no_context @no_context_pos")
+    on("forward.context_pos=context_pos,num_mem_kv", f"{with_memory} @context", "@context_pos")
 
-    on("forward.detach_additional_kv", "@added_kv", "@detach_additional_kv", inert=TRAINING)
-    on("forward.return_gumbel_log_probs", "", "@return_gumbel_log_probs", inert="what else is returned")
-    on("forward.rotary_window=all", "", "@window", inert="it only moves the center")
-    on("forward.rotary_pos_emb=table", "", "@rotary_table", inert="the same as without")
-    on("forward.rotary_pos_emb=table,num_mem_kv", "attn_num_mem_kv=3", "@rotary_table", inert="the same as without")
+    on("forward.detach_additional_kv", "@added_kv", inert=TRAINING)
+    on("forward.return_gumbel_log_probs", inert="what else is returned")
+    on("forward.rotary_window=window", inert="it only moves the center")
+    on("forward.rotary_pos_emb=rotary_table", inert="the same as without")
+    table = "forward.rotary_pos_emb=rotary_table"
+    on(f"{table},num_mem_kv", "attn_num_mem_kv=3", "@rotary_table", inert="the same as without")
     need_pos = "`context_pos` and `rotary_window` need `pos` instead of `rotary_pos_emb`"
-    on("forward.rotary_pos_emb=table,context_pos", CROSS, "@rotary_table", refused=need_pos)
-    on("forward.rotary_window=all,table", "@rotary_table", "@window", refused=need_pos)
-    on("forward.causal", "", "@causal", inert="a decoder is causal")
-    on("forward.causal=False", "", "@causal=False", refused="`causal = False` - use `rotary_pos_emb = True`")
+    on(f"{table},context_pos", CROSS, "@rotary_table", refused=need_pos)
+    on("forward.rotary_window=window,table", "@rotary_table", "@window", refused=need_pos)
+    on("forward.causal", inert="a decoder is causal")
+    on("forward.causal=False", refused="`causal = False` - use `rotary_pos_emb = True`")
     not_run("the properties pass it", "forward.mems forward.cache forward.input_not_include_cache forward.cache_age")
     not_run("the properties vary it", "forward.seq_pos_offset forward.pos")
     not_run("the wrapper passes it", "forward.return_hiddens")
     not_run("of polar_pos_emb", "forward.polar_pos_emb")
     not_run(GPU, "forward.flash_pack_seq_kwargs forward.flash_pack_seq_context_kwargs")
 
-    on("wrapper.num_memory_tokens=2")
-    on(
-        "wrapper.num_memory_tokens=2,interspersed",
-        "",
-        "wrapper.num_memory_tokens=2 wrapper.memory_tokens_interspersed_every=4",
-    )
+    on("wrapper.num_memory_tokens=2 wrapper.forward.prepend_embeds=prepend wrapper.forward.sum_embeds=sum_embeds")
+    on("wrapper.forward.return_attn")
+    on("wrapper.memory_tokens_interspersed_every=4", "wrapper.num_memory_tokens=2")
     on("wrapper.recycling", "", "wrapper.recycling @recycle_steps=2")
     on("wrapper.looped", "pre_and_post_norm", "wrapper.looped @looped_steps=2")
     on("wrapper.embed_num_tokens={'kind':2}", "", "wrapper.embed_num_tokens={'kind':2} @kinds")
     on("wrapper.shift_mem_down=1", inert="it only moves mems")
-    on("wrapper.forward.prepend_embeds=(b,3,d)", "", "@prepend")
-    on("wrapper.forward.sum_embeds=(b,n,d)", "", "@sum_embeds")
-    on("wrapper.forward.return_attn", "", "@return_attn")
 
 
 enter_options_of_the_decoder()
@@ -539,6 +530,7 @@ def combine(*settings: Setting) -> Setting | None:
 
 
 def build(words: Options, rotary: Options) -> nn.Module:
+    logger.disable(AttentionLayers.__module__)  # what upstream warns of
     given = {
         "dim": DIM,
         "depth": 2,
@@ -571,7 +563,6 @@ class Run:
 
     def __init__(self, setting: Setting, rotary: Options) -> None:
         self.setting = setting
-        logger.disable(AttentionLayers.__module__)  # what upstream warns of
         self.model: Any = build(setting.words, rotary)
         self.tokens = (noise("tokens", BATCH, LENGTH).abs() * 5).long().clamp(max=NUM_TOKENS - 1)
         self.full = self(Scene())[0]
