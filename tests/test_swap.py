@@ -21,7 +21,7 @@ import pytest
 import strategies
 import survey
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from pristine import build_both, pristine_imports, pristine_strategies
 from strategies import decoder_options, seeds, splits, tokens
@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.nn import Module
 
 import x_transformers
-from x_transformers.x_transformers import RotaryEmbedding
 
 PACKAGES = (x_transformers, pristine.MODULES["x_transformers"])
 
@@ -98,50 +97,45 @@ def test_every_option_without_xpos_is_bit_identical(entry: Entry) -> None:
             assert_same_bits(*pair)
 
 
-positions = st.sampled_from(
-    [
-        {},
-        dict(rotary_pos_emb=True),
-        dict(rotary_pos_emb=True, rotary_interpolation_factor=2.5),
-        dict(rotary_pos_emb=True, rotary_base_rescale_factor=4.0),
-        dict(rotary_pos_emb=True, attn_num_mem_kv=2),
-        dict(rotary_pos_emb=True, attn_l2_distance=True),
-        dict(rotary_pos_emb=True, attn_use_cope=True, attn_flash=False),
-        dict(alibi_pos_bias=True),
-        dict(polar_pos_emb=True),
-        dict(rel_pos_bias=True, attn_flash=False),
-    ]
-)
-dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+SMALL = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
+POSITIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "rotary": dict(rotary_pos_emb=True),
+    "interpolated": dict(rotary_pos_emb=True, rotary_interpolation_factor=2.5, attn_flash=True),
+    "rescaled": dict(rotary_pos_emb=True, rotary_base_rescale_factor=4.0, heads=4, attn_kv_heads=2),
+    "memory": dict(rotary_pos_emb=True, attn_num_mem_kv=2, attn_qk_norm=True),
+    "l2 distance": dict(rotary_pos_emb=True, attn_l2_distance=True),
+    "cope": dict(rotary_pos_emb=True, attn_use_cope=True),
+    "alibi": dict(alibi_pos_bias=True),
+    "polar": dict(polar_pos_emb=True),
+    "relative": dict(rel_pos_bias=True),
+}
+XPOS: dict[str, Any] = dict(rotary_xpos=True, rotary_xpos_scale_base=32)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 
 
-@st.composite
-def options_without_xpos(draw: st.DrawFn) -> dict[str, Any]:
-    options = draw(decoder_options())
-    for name in [name for name in options if name.startswith("rotary_") and name != "rotary_emb_dim"]:
-        del options[name]
-    options.update(draw(positions))
-    if options.get("attn_l2_distance") or options.get("polar_pos_emb"):
-        options.update(attn_kv_heads=options["heads"])
-    return options
+def lacks_an_operation(positions: str, dtype: torch.dtype) -> bool:
+    return positions == "l2 distance" and dtype is torch.bfloat16  # torch.cdist
 
 
-@given(options_without_xpos(), seeds, dtypes, splits())
-def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> None:
-    assume(not (options.get("attn_l2_distance") and dtype is torch.bfloat16))  # torch.cdist has none
-    x, found = tokens(seed, 2, sum(lens)), []
+@every_dtype
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_models_without_xpos_are_bit_identical(positions: str, dtype: torch.dtype) -> None:
+    if lacks_an_operation(positions, dtype):
+        pytest.skip("upstream cannot either")
+    options, x, found = {**SMALL, **POSITIONS[positions]}, tokens(0, 2, 9), []
 
-    for model, package in zip(build_both(options, seed, dtype, max_mem_len=64), PACKAGES):
+    for model, package in zip(build_both(options, 0, dtype, max_mem_len=64), PACKAGES):
         wrapper = package.AutoregressiveWrapper(model)
         model.requires_grad_(True)
         loss = wrapper(x)
         out = [loss.detach(), *gradients(model, loss)]
         model.requires_grad_(False)
-        if not options.get("polar_pos_emb"):  # which knows no mems
-            out += [model(x[:, lens[0] :], mems=model(x[:, : lens[0]], return_mems=True)[1])]
+        if positions != "polar":  # which knows no mems
+            out += [model(x[:, 5:], mems=model(x[:, :5], return_mems=True)[1])]
         if model.can_cache_kv:
-            _, cache = model(x[:, : lens[0]], return_intermediates=True)
-            out += [model(x, cache=cache, cache_age=sum(lens[1:]))]
+            _, cache = model(x[:, :5], return_intermediates=True)
+            out += [model(x, cache=cache, cache_age=4)]
             out += [t for inter in cache.attn_intermediates for t in inter.cached_kv]
         out += [wrapper.generate(x, 3, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False)]
         found.append(out)
@@ -153,29 +147,22 @@ def test_models_without_xpos_are_bit_identical(options, seed, dtype, lens) -> No
 # state dicts and whole models go both ways
 
 
-@given(st.one_of(decoder_options(), options_without_xpos()), seeds, dtypes)
-def test_state_dicts_are_the_same_and_load_both_ways(options, seed, dtype) -> None:
-    assume(not (options.get("attn_l2_distance") and dtype is torch.bfloat16))  # torch.cdist has none
-    models, others = (build_both(options, seed + i, dtype, exact=False) for i in range(2))
+@every_dtype
+@pytest.mark.parametrize("positions", [*POSITIONS, "xpos"])
+def test_state_dicts_are_the_same_and_load_both_ways(positions: str, dtype: torch.dtype) -> None:
+    if lacks_an_operation(positions, dtype):
+        pytest.skip("upstream cannot either")
+    options, x = {**SMALL, **POSITIONS.get(positions, XPOS)}, tokens(0, 1, 9)
+    models, others = (build_both(options, seed, dtype, exact=False) for seed in range(2))
     states = [model.state_dict() for model in models]
 
     assert list(states[0]) == list(states[1])
     for pair in zip(*(state.values() for state in states)):
         assert_same_bits(*pair)
     assert [name for name, _ in models[0].named_buffers()] == [name for name, _ in models[1].named_buffers()]
-    x = tokens(seed, 1, 9)
     for other, model, state in zip(others, models, reversed(states)):
         other.load_state_dict(state, strict=True)
         assert_same_bits(other(x), model(x))
-
-
-SMALL = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
-SAVED: dict[str, dict[str, Any]] = {
-    "none": {},
-    "rotary": dict(rotary_pos_emb=True),
-    "mem_kv": dict(rotary_pos_emb=True, attn_num_mem_kv=2, attn_qk_norm=True),
-    "xpos": dict(rotary_xpos=True, rotary_xpos_scale_base=32),
-}
 
 
 def dumped_by_torch(model: Any) -> bytes:
@@ -191,29 +178,26 @@ WAYS_TO_SAVE: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] =
 
 
 @pytest.mark.parametrize("way", WAYS_TO_SAVE)
-@pytest.mark.parametrize("name", SAVED)
-def test_saved_models_load_in_the_other(name: str, way: str) -> None:
+@pytest.mark.parametrize("positions", ["none", "rotary", "memory", "xpos"])
+def test_saved_models_load_in_either(positions: str, way: str) -> None:
     save, load = WAYS_TO_SAVE[way]
-    x, models = tokens(7, 2, 33), build_both({**SMALL, **SAVED[name]}, 7, torch.float32)
-    # pickle finds classes by name
-    imports = (nullcontext, pristine_imports)
-    saved = []
-    for model, importing in zip(models, imports):
-        with importing():
-            saved.append(save(model))
-
-    for model, file, importing in zip(models, saved, reversed(imports)):
-        with importing():
-            other = load(file)
-        assert type(other) is not type(model)
-        actual, expected = other(x), model(x)
-        if name == "xpos":
-            # upstream takes its angles from buffers in float32 and from absolute positions, up to 33: each is off by 33
-            # half ulps, the scores by 2 ** 6 times that, and there are two layers
-            tolerance = 33 * 2**7 * torch.finfo(torch.float32).eps
-            assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
-        else:
-            assert_same_bits(actual, expected)
+    x, models = tokens(7, 2, 33), build_both({**SMALL, **POSITIONS.get(positions, XPOS)}, 7, torch.float32)
+    imports = (nullcontext, pristine_imports)  # pickle finds classes by name
+    for model, saving in zip(models, imports):
+        with saving():
+            saved = save(model)
+        for own, loading in zip(models, imports):
+            with loading():
+                other = load(saved)
+            assert type(other) is type(own)
+            actual, expected = other(x), model(x)
+            if positions == "xpos" and own is not model:
+                # upstream takes its angles from buffers in float32 and from absolute positions, up to 33: each is off
+                # by 33 half ulps, the scores by 2 ** 6 times that, and there are two layers
+                tolerance = 33 * 2**7 * torch.finfo(torch.float32).eps
+                assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+            else:
+                assert_same_bits(actual, expected)
 
 
 # with xPos, what upstream gets right is the same to rounding
@@ -282,17 +266,16 @@ def test_a_rotary_embedding_of_ones_own_is_called_as_upstream_calls_it(options, 
 
 
 class OtherAttention(Module):
-    """An attention of one's own around upstream's, with the tables that it is given in plain operations."""
+    """An attention of one's own around upstream's, with the tables that it is given, or one for each head of them."""
 
     def __init__(self, attention: Module) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.per_head = attention, False
 
     def forward(self, x: Tensor, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
-        freqs, scale = rotary_pos_emb
-        assert freqs.is_floating_point()
-        assert scale.is_floating_point()
-        return self.attention(x, rotary_pos_emb=(freqs.clone(), scale.clone()), **kwargs)
+        assert all(t.is_floating_point() for t in rotary_pos_emb)
+        tables = tuple(t[:, None] if self.per_head else t.clone() for t in rotary_pos_emb)
+        return self.attention(x, rotary_pos_emb=tables, **kwargs)
 
 
 @given(decoder_options(), st.integers(0, 2), seeds, splits())
@@ -301,10 +284,13 @@ def test_a_layer_of_ones_own_is_given_angles_and_scales(options, num_mem_kv, see
     model = strategies.build(options, seed, max_mem_len=64)
     expected = answers(model, x, sum(lens[1:]))
 
-    for layer in model.attn_layers.layers:
-        if isinstance(layer[1], x_transformers.Attention):
-            layer[1] = OtherAttention(layer[1])
+    layers = [layer for layer in model.attn_layers.layers if isinstance(layer[1], x_transformers.Attention)]
+    for layer in layers:
+        layer[1] = OtherAttention(layer[1])
     assert_agree(answers(model, x, sum(lens[1:])), expected)
+    for layer in layers:
+        layer[1].per_head = True
+    assert_agree([model(x)], expected[:1])
 
 
 @given(st.sampled_from([3, 8, 33, 64]), seeds, st.integers(1, 40), st.integers(1, 40), st.booleans())
@@ -328,28 +314,9 @@ def test_a_rotary_embedding_on_its_own_means_what_it_means_upstream(dim, seed, n
     assert_equal_to_rounding(*scores)
 
 
-@given(st.sampled_from([5, 8]), seeds, st.integers(1, 20), st.integers(1, 3), st.booleans())
-def test_an_attention_on_its_own_takes_a_table(dim_head, seed, seq_len, num_mem_kv, per_head):
-    # the first position is 0, so that is where upstream's own memory keys would be, were they scaled
-    torch.manual_seed(seed)
-    options = dict(dim_head=dim_head, num_mem_kv=num_mem_kv, custom_attn_fn=strategies.softmax)
-    attention = x_transformers.Attention(16, heads=2, causal=True, **options).double()
-    rotary = RotaryEmbedding(4, use_xpos=True, scale_base=8).double()
-    x = torch.randn(2, seq_len, 16, dtype=torch.float64)
-
-    full = attention(x, rotary_pos_emb=rotary.forward_from_seq_len(seq_len))
-    freqs, scale = rotary.forward_from_seq_len(seq_len)
-    longer = torch.cat((x, x), dim=1)
-
-    prefix = attention(longer, rotary_pos_emb=rotary.forward_from_seq_len(2 * seq_len))[:, :seq_len]
-    assert_equal_to_rounding(prefix, full)
-    if per_head:
-        assert_equal_to_rounding(attention(x, rotary_pos_emb=(freqs[:, None], scale[:, None])), full)
-
-
 @pytest.mark.parametrize(("dim_head", "rotary_emb_dim"), [(9, 8), (70, 35), (35, 32), (16, 7), (66, 33)])
 def test_odd_dims_agree_with_upstream_to_rounding(dim_head, rotary_emb_dim):
-    options = {**SMALL, **SAVED["xpos"], "attn_dim_head": dim_head, "rotary_emb_dim": rotary_emb_dim}
+    options = {**SMALL, **XPOS, "attn_dim_head": dim_head, "rotary_emb_dim": rotary_emb_dim}
 
     assert_agree(*(answers(model, tokens(0, 2, 30), 10) for model in build_both(options, 0, max_mem_len=64)))
 
