@@ -6,7 +6,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,32 +31,19 @@ STEPS, NUM_MODES = 12, len(command.MODES)
 
 def run(out: Path) -> str:
     """The table that it prints."""
-    where = [f"--upstream={pristine_tree()}", f"--out={out}"]
-    command = [sys.executable, str(SCRIPT), "--quick", *where]
+    command = [sys.executable, str(SCRIPT), "--quick", f"--upstream={pristine_tree()}", f"--out={out}"]
     return subprocess.run(command, text=True, capture_output=True, check=True).stdout
 
 
-Bits = Callable[[str, str], "list[float]"]
-
-
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("out")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where it has left its files, and the table."""
+    out = tmp_path_factory.mktemp("out")
+    return out, run(out)
 
 
-@pytest.fixture(scope="module")
-def table(out: Path) -> str:
-    return run(out)
-
-
-@pytest.fixture
-def bits(table: str, out: Path) -> Bits:
-    """Of a line in a mode, by length."""
-    found = json.loads((out / "length_extrapolation.json").read_text(encoding="utf-8"))
-    return lambda line, mode: list(found[line][mode])
-
-
-def test_table_and_figure_show_every_line(table: str, out: Path) -> None:
+def test_table_and_figure_show_every_line(ran: tuple[Path, str]) -> None:
+    out, table = ran
     labels = [line.label for line in command.lines(("none", "rotary"))]
     rows = [row.split("|")[1:-1] for row in table.splitlines() if row.startswith("|")]
     assert {len(row) for row in rows} == {1 + len(command.FACTORS)}
@@ -66,18 +52,20 @@ def test_table_and_figure_show_every_line(table: str, out: Path) -> None:
     assert all(f"<!-- {text}" in picture for text in labels)
 
 
-def test_upstream_agrees_where_it_is_right_and_folded_weights_at_the_length_trained_at(bits: Bits) -> None:
+def test_upstream_agrees_where_it_is_right_and_folded_weights_at_the_length_trained_at(ran: tuple[Path, str]) -> None:
+    bits = json.loads((ran[0] / "length_extrapolation.json").read_text(encoding="utf-8"))
     # logits of both agree to some 1e-6, float32 rounding over two layers; the loss is an average of thousands
     for mode in ("call", "window"):
-        assert bits("xPos: fork", mode) == pytest.approx(bits("xPos: upstream", mode), abs=1e-5)
-    folded = bits("xPos, mem_kv: upstream's weights, folded, in the fork", "call")
-    unfolded = bits("xPos, mem_kv: upstream", "call")
+        assert bits["xPos: fork"][mode] == pytest.approx(bits["xPos: upstream"][mode], abs=1e-5)
+    folded = bits["xPos, mem_kv: upstream's weights, folded, in the fork"]["call"]
+    unfolded = bits["xPos, mem_kv: upstream"]["call"]
     assert folded[0] == pytest.approx(unfolded[0], abs=1e-5)
     # and upstream's memory keys count for something else, the longer the window is
     assert abs(unfolded[-1] - folded[-1]) > 1e-4
 
 
-def test_a_second_run_repeats_the_table_without_training(table: str, out: Path) -> None:
+def test_a_second_run_repeats_the_table_without_training(ran: tuple[Path, str]) -> None:
+    out, table = ran
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
     assert run(out) == table
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.pt")} == before
