@@ -296,12 +296,11 @@ def test_an_ensemble_decodes_through_vmap(attention):
         base = models[0]
 
         def decode(params: Any, buffers: Any, base: Any = base) -> Tensor:
-            call = torch.func.functional_call
-            first, cache = call(base, (params, buffers), (x[:, :1],), dict(return_intermediates=True))
-            again, _ = continue_with(
-                lambda *args, **kwargs: call(base, (params, buffers), args, kwargs), x[:, 1:], cache
-            )
-            return torch.cat((first, again), dim=1)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(base, (params, buffers), args, kwargs)
+
+            first, cache = call(x[:, :1], return_intermediates=True)
+            return torch.cat((first, continue_with(call, x[:, 1:], cache)[0]), dim=1)
 
         found.append(torch.vmap(decode)(params, buffers))
 
