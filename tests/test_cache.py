@@ -162,7 +162,7 @@ class Session:
         cache = self.caches[which % len(self.caches)]
         try:
             if action in STEPS:
-                self.step(action, tokens(seed, 3 if "batch" in action else 2, n), cache)
+                self.step(action, tokens(seed, 1 if "batch" in action else 2, n), cache)
                 return ""
             with self.imports():  # pickle finds classes by name
                 found = ACTIONS[action](cache, n)
