@@ -194,7 +194,7 @@ def test_a_project_does_not_notice_the_swap(environment: Environment, project: P
         install("install", "-q", str(project))
         assert environment.version() == FORK
         # the release that it is made of is older than it, so that an upgrade leaves it
-        install("install", "-q", "--upgrade", f"x-transformers<={VERSION}", *no_deps)
+        environment.pip("install", "-q", "--upgrade", "--no-deps", f"x-transformers<={VERSION}")
         assert environment.version() == FORK
         assert bits(environment) == before
         # pip's own words
