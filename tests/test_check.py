@@ -246,7 +246,7 @@ def test_table_json_and_plot_show_the_same(tmp_path: Path) -> None:
     ]
     results = tuple(Result(name, name, apart, tolerance, "7 to 7", (point,)) for name, apart, tolerance, _, _ in rows)
     values = dict.fromkeys(("device", "dtype", "max_len", "text", "model", "torch", "seconds"), 1)
-    outcome = report.Report(package.Package(Path("x_transformers"), None, None), values, results, 4.0)
+    outcome = report.Report(package.Package("x_transformers"), values, results, 4.0)
     lines, fields = report.table(outcome).splitlines(), json.loads(report.document(outcome))
     report.plot(outcome, str(tmp_path / "plot.svg"))
     plot = xml.etree.ElementTree.parse(tmp_path / "plot.svg").getroot()

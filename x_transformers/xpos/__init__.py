@@ -16,16 +16,16 @@ It works on an unpatched x_transformers too, and says what is wrong with it. Imp
       theirs                        the user's model, built and searched for xPos      (net)
       chunks                        a long sequence, taken in chunks through the KV cache        (net)
       limits                        how many queries fit into one call                 (formula)
-      migration                     a checkpoint of upstream's, converted and proven   (subject, theirs)
-        checkpoint, migrate         files of weights; the factor of the memory keys
+      migrate                       a checkpoint of upstream's, converted and proven   (subject, theirs)
+        fold                        the scale of one length, in the memory keys        (net)
       package, provenance           which package this is, and whether it is as it was built
 """
 
 from __future__ import annotations
 
 from .chunks import prefill
+from .fold import fold_mem_kv_
 from .judge import Result, check
-from .migrate import fold_mem_kv_
 from .ours import Ours
 
 __all__ = ["Ours", "Result", "check", "fold_mem_kv_", "prefill"]

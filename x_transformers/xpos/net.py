@@ -22,8 +22,8 @@ SEED = 0
 _CONTEXT_LEN = 24
 
 
-class ModelError(ValueError):
-    """A model that cannot be built or called, or that there is nothing to do for; the message names the way out."""
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message names the argument, the value, the limit and the way out."""
 
 
 # the release of upstream
@@ -37,6 +37,10 @@ def accepts(argument: str) -> bool:
 def rotates_neighbors() -> bool:
     """Whether the dims 2d and 2d + 1 are rotated together, as in 2.x, and not d and d + dim / 2, as in 1.27.5."""
     return bool(rotate_half(torch.arange(4))[0] == -1)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 # what is passed
@@ -100,7 +104,7 @@ def first_attention(layers: nn.Module) -> Any:
 class Net:
     """A wrapper or a stack of layers that is called in one way, whichever it is.
 
-    It gives outputs `(b, n, d)`, one per position, and the intermediates. Raises ModelError if it gives others.
+    It gives outputs `(b, n, d)`, one per position, and the intermediates. Raises UsageError if it gives others.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -237,7 +241,7 @@ class Net:
         if len(shape) == 4 and shape[1:3] == (batch, length):
             return torch.cat(out.unbind(), dim=-1)
         if len(shape) != 3 or shape[:2] != (batch, length):
-            raise ModelError(f"it gives {shape} for {batch} texts of {length}, not one output per position")
+            raise UsageError(f"it gives {shape} for {batch} texts of {length}, not one output per position")
         return out  # type: ignore[no-any-return]
 
 

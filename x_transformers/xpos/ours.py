@@ -21,7 +21,7 @@ from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
 from . import formula
-from .net import SEED, Inputs, Net, rotates_neighbors
+from .net import SEED, Inputs, Net, UsageError, rotates_neighbors
 from .subject import ROWS, Subject
 
 DIM = 128
@@ -41,14 +41,10 @@ _NUM_KEYS = 4
 _CONTEXT_LEN = 48
 
 
-class TextError(ValueError):
-    """A text that cannot be read or is too short; the message names the argument and the way out."""
-
-
 def read_text(path: str | None, max_len: int) -> Tensor:
     """The first `max_len` bytes of the file, or of the topics of Python's own help where `path` is None.
 
-    Raises TextError if there are fewer, or none that can be read.
+    Raises UsageError if there are fewer, or none that can be read.
     """
     try:
         if path is not None:
@@ -59,12 +55,12 @@ def read_text(path: str | None, max_len: int) -> Tensor:
 
             content = "\n".join(topics[name] for name in sorted(topics)).encode()
     except OSError as error:
-        raise TextError(f"argument --text: cannot read {path}: {error.strerror}; give a readable file") from None
+        raise UsageError(f"argument --text: cannot read {path}: {error.strerror}; give a readable file") from None
     except ImportError:
         reason = f"this Python comes without {TEXT}, the default"
-        raise TextError(f"argument --text: {reason}; give a text with --text FILE") from None
+        raise UsageError(f"argument --text: {reason}; give a text with --text FILE") from None
     if len(content) < max_len:
-        raise TextError(
+        raise UsageError(
             f"argument --max-len: {max_len} is more than the {len(content)} bytes of {path or TEXT}; "
             "give a longer text with --text FILE or a smaller --max-len"
         )

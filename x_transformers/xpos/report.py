@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .judge import LeftOut, Result
+from .net import UsageError
 from .package import Package
 
 WIDTH = 100
-
-_FORMAT = 1
-
-
-class PlotError(ValueError):
-    """A plot that cannot be made; the message names the argument and the way out."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +36,10 @@ class Report:
     notes: tuple[str, ...] = ()
 
     @property
-    def failed(self) -> tuple[Result, ...]:
-        return tuple(result for result in self.results if not result.passed)
-
-    @property
     def passed(self) -> bool:
-        return bool(self.results) and not self.failed and not self.package.problems
+        package = self.package
+        found = self.results and all(result.passed for result in self.results)
+        return bool(found) and not package.unpatched + package.modified
 
 
 # text
@@ -79,37 +72,35 @@ def table(report: Report) -> str:
 
 
 def _package_lines(package: Package) -> list[str]:
-    record = package.record
     named = f"distribution x-transformers {package.distribution or 'not installed'}"
-    if record is not None and package.distribution not in (None, record.version):
+    if None not in (package.distribution, package.version) and package.distribution != package.version:
         named += ", not this copy"
     lines = [f"package   x_transformers from {package.path}", f"          {named}"]
-    if record is None:
+    if package.upstream is None:
         lines.append("build     no record")
     else:
-        count = len(record.patches)
-        built_from = f"{record.upstream_name} {record.upstream_version}"
-        patches = f"{count} patch{'' if count == 1 else 'es'}, line {record.line}"
-        lines += [f"build     {record.version} = {built_from} and {patches}"]
-        lines += [f"          {patch.name}" for patch in record.patches]
-    if not package.problems:
+        built_from, count = " ".join(package.upstream.values()), len(package.patches)
+        patches = f"{count} patch{'' if count == 1 else 'es'}, line {package.line}"
+        lines += [f"build     {package.version} = {built_from} and {patches}"]
+        lines += [f"          {name}" for name in package.patches]
+    if not package.unpatched + package.modified:
         lines.append("          the files match this record")
     return lines + _wrapped("UNPATCHED ", *package.unpatched) + _wrapped("MODIFIED  ", *package.modified)
 
 
 def _explanations(report: Report) -> list[str]:
     dtype = report.run["dtype"]
-    reason = "two runs are compared, and with xPos other keys weigh most"
+    reason = "with xPos other keys weigh most"
     if report.logit_factor != 4:
-        reason = "two runs are compared, and nothing is wider than float64 to compute the angles in"
+        reason = "nothing is wider than float64 to compute the angles in"
     forced = f"the error that {dtype} forces on the same model with plain rotary, run the same way"
-    tolerance = f"Tolerance: {report.logit_factor:,.0f} times {forced}: {reason}."
+    tolerance = f"Tolerance: {report.logit_factor:,.0f} times {forced}: two runs are compared, and {reason}."
     scores = f"Of scores: a bound from the unit roundoff of {dtype}, relative to the terms of a query's largest score."
     return [tolerance] if report.tested else [tolerance, scores]
 
 
 def conclusion(report: Report) -> str:
-    failed, total = len(report.failed), len(report.results)
+    failed, total = sum(not result.passed for result in report.results), len(report.results)
     outcome = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
     if total == 0:
         outcome = "no property could be measured: FAIL"
@@ -139,27 +130,8 @@ def _wrapped(label: str, *messages: str) -> list[str]:
 
 def document(report: Report) -> str:
     """One JSON object. A deviation or tolerance that is no finite number is null, and `detail` says why."""
-    package, record = report.package, report.package.record
-    fields = {
-        "format": _FORMAT,
-        "passed": report.passed,
-        "package": {
-            "path": str(package.path),
-            "distribution": package.distribution,
-            "version": record and record.version,
-            "upstream": record and {"name": record.upstream_name, "version": record.upstream_version},
-            "line": record and record.line,
-            "patches": [patch.name for patch in record.patches] if record else [],
-            "unpatched": package.unpatched,
-            "modified": package.modified,
-        },
-        "run": report.run,
-        "logit_factor": report.logit_factor,
-        "results": [{**asdict(result), "passed": result.passed} for result in report.results],
-        "left_out": [asdict(prop) for prop in report.left_out],
-        "tested": report.tested,
-        "notes": report.notes,
-    }
+    results = [{**asdict(result), "passed": result.passed} for result in report.results]
+    fields = {"format": 1, "passed": report.passed, **asdict(report), "results": results}
     return json.dumps(_finite(fields), indent=2, allow_nan=False)
 
 
@@ -176,59 +148,45 @@ def _finite(value: Any) -> Any:
 
 
 def prepare_plot(path: str) -> None:
-    """Refuse a plot that could not be written, before there is any work to lose. Raises PlotError."""
+    """Refuse, with UsageError, a plot that could not be written, before there is any work to lose."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise PlotError(
+        raise UsageError(
             'argument --plot: needs matplotlib, which is not installed; pip install "x-transformers[plot]"'
         ) from None
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if Path(path).suffix.lower().lstrip(".") not in kinds:
-        raise PlotError(f"argument --plot: the name of {path} must end in one of .{', .'.join(kinds)}")
-    existed = Path(path).exists()
-    with _writing(path), Path(path).open("ab"):
-        pass
-    if not existed:
-        Path(path).unlink()
+        raise UsageError(f"argument --plot: the name of {path} must end in one of .{', .'.join(kinds)}")
+    if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise _unwritable(path)
 
 
-@contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PlotError(f"argument --plot: cannot write {path}: {error.strerror}; give a path that can be") from None
+def _unwritable(path: str) -> UsageError:
+    return UsageError(f"argument --plot: cannot write {path}; give a path that can be written")
 
 
 def plot(report: Report, path: str) -> None:
-    """Write the deviation of each property against length, and the tolerances, both axes logarithmic.
-
-    Raises PlotError if the file cannot be written after all.
-    """
+    """Write the deviation of each property against length, and the tolerances, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.add_subplot()
-    shown = [result for result in report.results if result.points]
-    values = [value for each in shown for value in (each.tolerance or 0.0, *(point.deviation for point in each.points))]
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in positions")
+    axes.set_ylabel("largest deviation (dashed: tolerance)")
+    axes.set_title(f"{conclusion(report)}: {report.run['dtype']} on {report.run['device']}", fontsize=10)
+    values = [value for each in report.results for value in (each.tolerance or 0.0, *each.worst.values())]
     finite = [value for value in values if 0 < value < math.inf] or [1.0]
     floor, ceiling = min(finite) / 10, max(finite) * 10
-    for result in shown:
-        worst: dict[int, float] = {}
-        for point in sorted(result.points, key=lambda point: point.length):
-            worst[point.length] = max(worst.get(point.length, floor), min(point.deviation, ceiling))
-        label = f"{result.name}{'' if result.passed else ': FAIL'}"
-        marker = "o" if result.passed else "X"
-        (line,) = axes.plot(list(worst), list(worst.values()), marker=marker, markersize=4, label=label)
+    for result in (result for result in report.results if result.worst):
+        lengths, shown = [*result.worst], [max(floor, min(value, ceiling)) for value in result.worst.values()]
+        label, marker = (result.name, "o") if result.passed else (f"{result.name}: FAIL", "X")
+        (line,) = axes.plot(lengths, shown, marker=marker, markersize=4, label=label)
         if result.tolerance:
-            ends, color = [min(worst), max(worst)], line.get_color()
-            axes.plot(ends, [result.tolerance] * 2, linestyle="--", linewidth=1, color=color)
-    axes.set(xscale="log", yscale="log", ylim=(floor / 2, ceiling * 2))
-    axes.set(xlabel="length in positions", ylabel="largest deviation (dashed: tolerance)")
-    axes.set_title(f"{conclusion(report)}: {report.run['dtype']} on {report.run['device']}", fontsize=10)
+            axes.hlines(result.tolerance, lengths[0], lengths[-1], line.get_color(), "dashed", linewidth=1)
+    axes.set_ylim(floor / 2, ceiling * 2)
     legend = {"title": "lowest: 0\nhighest: not finite", "title_fontsize": 8, "fontsize": 8}
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), **legend)
-    axes.grid(visible=True, alpha=0.3)
-    with _writing(path):
+    try:
         figure.savefig(path)
+    except OSError:
+        raise _unwritable(path) from None

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .limits import longest_window
-from .net import Inputs, Net, accepts
+from .net import Inputs, Net, accepts, name_of
 from .runs import STEPS, decode, deviation, ladder, part_sizes, prefill, segment_sizes, segments
 
 MIN_LEN = 32
@@ -37,8 +37,8 @@ def longest(net: Net) -> tuple[int, str]:
     fitting = net.longest(longest_window(net.dtype, rotary.scale_base))
     if net.max_seq_len is not None and net.max_seq_len < fitting:
         return net.max_seq_len, "its absolute position embedding has room for no more"
-    name = str(net.dtype).removeprefix("torch.")
-    return fitting, f"more queries in one call leave the range of {name} at its scale base of {rotary.scale_base:g}"
+    dtype, scale_base = name_of(net.dtype), rotary.scale_base
+    return fitting, f"more queries in one call leave the range of {dtype} at its scale base of {scale_base:g}"
 
 
 class Subject:

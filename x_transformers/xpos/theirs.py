@@ -19,7 +19,7 @@ import x_transformers
 from x_transformers import ContinuousTransformerWrapper, TransformerWrapper
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
 
-from .net import ModelError, Net, duplicate, first_attention
+from .net import Net, UsageError, duplicate, first_attention
 
 _PROBE_LEN = 7
 _PACKAGE = Path(x_transformers.__file__).parent
@@ -46,7 +46,7 @@ def undisturbed() -> Iterator[None]:
 def build(spec: str) -> nn.Module:
     """What the factory of `MODULE:FACTORY` returns, called without arguments.
 
-    To be called, as the model is, while `undisturbed` is open. Raises ModelError, in one line, for whatever the import
+    To be called, as the model is, while `undisturbed` is open. Raises UsageError, in one line, for whatever the import
     or the factory raises, and for what is no module.
     """
     module_name, _, attribute = spec.partition(":")
@@ -67,8 +67,8 @@ def build(spec: str) -> nn.Module:
     return model
 
 
-def _error(spec: str, message: str) -> ModelError:
-    return ModelError(f"argument --model: {spec}: " + " ".join(message.split()))
+def _error(spec: str, message: str) -> UsageError:
+    return UsageError(f"argument --model: {spec}: " + " ".join(message.split()))
 
 
 def _reason(error: BaseException) -> str:
@@ -115,7 +115,7 @@ class Target:
 
 
 def find(spec: str, model: nn.Module) -> list[Target]:
-    """Every stack of layers with xPos in `model`, in the outermost wrapper that has it; ModelError if there is none."""
+    """Every stack of layers with xPos in `model`, in the outermost wrapper that has it; UsageError if there is none."""
     kind = type(model).__name__
     stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, AttentionLayers)]
     if not stacks:
@@ -162,12 +162,12 @@ def open_net(
         try:
             net = Net(part.to(device=device, dtype=dtype))
             if net.device.type == "meta":
-                raise ModelError("its parameters are on the meta device, and have no values")
+                raise UsageError("its parameters are on the meta device, and have no values")
             if not net.dtype.is_floating_point:
-                raise ModelError(f"its queries are projected in {net.dtype}, not in floating point")
+                raise UsageError(f"its queries are projected in {net.dtype}, not in floating point")
             net(net.inputs(2, min(_PROBE_LEN, net.max_seq_len or _PROBE_LEN)))
         except Exception as error:
-            message = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+            message = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
             reason = " ".join(message.split())
             continue
         if part is copied.module:
