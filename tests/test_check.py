@@ -30,7 +30,7 @@ from x_transformers.xpos.subject import Subject
 LINE = Path(__file__).parent.parent / "patches" / "2.x"
 PACKAGE = Path(x_transformers.__file__).parent
 SHORT = ("--max-len", "32")
-PROPERTIES = (*properties.OF_ANY, *properties.OF_OURS)
+PROPERTIES = properties.ALL
 KEYS = {prop.key for prop in PROPERTIES}
 
 
@@ -218,11 +218,10 @@ def test_a_property_that_raises_fails_and_the_rest_still_run(monkeypatch: pytest
         yield Point(1, 0.0)
 
     chosen = [Property(measure.__name__, "", measure, lambda _: 0.0) for measure in (raises, holds)]
-    monkeypatch.setattr(judge, "OF_ANY", chosen)
-    monkeypatch.setattr(judge, "OF_OURS", ())
+    monkeypatch.setattr(judge, "ALL", chosen)
     first, second = judge.check(Ours(torch.arange(64)))[0]
-    assert (first.verdict, first.deviation, first.detail) == ("FAIL", None, "RuntimeError: on two lines")
-    assert (second.verdict, second.deviation) == ("pass", 0.0)
+    assert (first.passed, first.deviation, first.detail) == (False, None, "RuntimeError: on two lines")
+    assert (second.passed, second.deviation) == (True, 0.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

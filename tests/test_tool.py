@@ -142,8 +142,8 @@ DECODER = "Decoder: 2 attention layers, 2 heads of 16 dims, 16 rotated, scale ba
         ("shifted_tokens", "TransformerWrapper", NO_CACHE | NO_MEMS),
         ("alibi", "TransformerWrapper", NO_CACHE | NO_MEMS),
         ("tied", "TransformerWrapper", NO_MEMS),
-        ("recycling", "TransformerWrapper", NO_CACHE | NO_MEMS),
-        ("conditioned", "TransformerWrapper", NO_MEMS),
+        ("recycling", "Decoder: 2 attention layers", set()),
+        ("conditioned", "Decoder: 2 attention layers", set()),
         ("Builder.build", "TransformerWrapper", NO_MEMS),
     ],
 )

@@ -7,12 +7,13 @@ error, 130 if interrupted.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -30,10 +31,21 @@ _NO_POSITIONS = (
     "without positions the output is the same, so that little can be said about them: "
     "are the weights those of training?"
 )
-_USAGE_AND_INTERRUPT = (
-    ",\n2 usage error: an argument, a file or a model that cannot be used, in one line on standard error, "
-    "130 interrupted."
-)
+_EPILOG = f"""examples:
+  {PROG}
+  {PROG} --dtype bfloat16 --device cuda --plot check.png
+  {PROG} --model train:build_model
+  {PROG} limits --scale-base 2048 --length 100000
+  {PROG} migrate old.pt --model train:build_model --length 2048 --output new.pt
+  {PROG} migrate old.pt --key model --model train:build_model --length 2048 --output new.pt
+  {PROG} COMMAND --help
+
+train:build_model is a function without arguments of train.py in the current directory. It returns a TransformerWrapper,
+a Decoder, or any torch.nn.Module with one in it.
+
+exit status: 0 all is well, 1 a property fails, the package is unpatched or modified, or the answers of a converted
+checkpoint are not those of before, so that nothing was written, 2 usage error: an argument, a file or a model that
+cannot be used, in one line on standard error, 130 interrupted."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,11 +55,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of an epilog, where the examples are, and wraps all else."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=100)
+# keeps the lines of an epilog, where the examples are, and wraps all else
+_Help = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,67 +77,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=PROG,
-        allow_abbrev=False,
-        formatter_class=_Help,
-        description="Tools for xPos (rotary_xpos=True). Without a command: check.",
-        epilog=f"""examples:
-  {PROG}
-  {PROG} --model train:build_model
-  {PROG} limits --length 100000
-  {PROG} migrate old.pt --model train:build_model --length 2048 --output new.pt
-  {PROG} COMMAND --help
-
-exit status: 0 all is well, 1 a property fails, or the package is unpatched or modified{_USAGE_AND_INTERRUPT}""",
-    )
+    common: Any = {"allow_abbrev": False, "formatter_class": _Help, "epilog": _EPILOG}
+    description = "Tools for xPos (rotary_xpos=True). Without a command: check."
+    parser = _Parser(prog=PROG, description=description, **common)
     commands = parser.add_subparsers(metavar="COMMAND", dest="name", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], **texts: Any) -> Callable[..., Any]:
-        texts["epilog"] += _USAGE_AND_INTERRUPT
-        added = commands.add_parser(name, allow_abbrev=False, formatter_class=_Help, **texts)
+    def command(run: Callable[[argparse.Namespace], int], help: str, description: str) -> Callable[..., Any]:
+        added = commands.add_parser(run.__name__.removeprefix("run_"), help=help, description=description, **common)
         added.set_defaults(command=run)
         return added.add_argument
 
     add = command(
-        "check",
         run_check,
-        help="say whether xPos is right here, on small models or on your own (the default)",
-        description="Run models with rotary_xpos=True over whole texts and compare what must be the same: prefixes,\n"
+        "say whether xPos is right here, on small models or on your own (the default)",
+        "Run models with rotary_xpos=True over whole texts and compare what must be the same: prefixes,\n"
         "the KV cache, chunks, mems, shifted positions, generated text, and the scores of the paper's formula.\n"
         "With --model, run yours: a copy of it in eval mode, with its weights, in its dtype, on its device.",
-        epilog=f"""examples:
-  {PROG}
-  {PROG} check --dtype bfloat16 --device cuda --plot check.png
-  {PROG} check --model train:build_model
-      where train.py, in the current directory, has a function build_model() without arguments that returns
-      a TransformerWrapper, a Decoder, or any torch.nn.Module with one in it
-
-exit status: 0 all is well, 1 a property fails or the package is unpatched or modified""",
+    )
+    max_len_help = (
+        f"how much text to read in one call, at least {MIN_LEN} (default: {MAX_LEN} bytes; with --model "
+        f"{MAX_LEN_OF_MODEL} tokens, or all that it can read)"
     )
     add("--json", action="store_true", help="one JSON document on standard output instead of text")
     add("--model", metavar="MODULE:FACTORY", help="your own model: what FACTORY of MODULE returns, without arguments")
     add("--device", help="where to run, as torch names it (default: cpu; with --model, where the model is)")
     add("--dtype", choices=tuple(DTYPES), help="of the model (default: float32; with --model, the model's)")
-    max_len_help = (
-        f"how much text to read in one call, at least {MIN_LEN} (default: {MAX_LEN} bytes; with --model "
-        f"{MAX_LEN_OF_MODEL} tokens, or all that it can read)"
-    )
     add("--max-len", type=int, metavar="N", help=max_len_help)
     add("--text", metavar="FILE", help="the text to read (default: the topics of Python's own help)")
     add("--plot", metavar="FILE", help="draw deviation against length; needs the extra `plot`")
 
     add = command(
-        "limits",
         run_limits,
-        help="say how many queries fit into one call, by dtype, and what a longer one needs",
-        description="How many queries fit into one call before xPos leaves the range of the dtype, as the package\n"
+        "say how many queries fit into one call, by dtype, and what a longer one needs",
+        "How many queries fit into one call before xPos leaves the range of the dtype, as the package\n"
         "itself refuses it. What is in the KV cache or the mems does not count.",
-        epilog=f"""examples:
-  {PROG} limits
-  {PROG} limits --scale-base 2048 --length 100000
-
-exit status: 0, whether or not the length fits""",
     )
     dim_help = "rotated dims of a head, rotary_emb_dim (default: %(default)s, that of a Decoder with heads of 64)"
     base_help = "rotary_xpos_scale_base (default: 512, that of a Decoder)"
@@ -137,24 +119,16 @@ exit status: 0, whether or not the length fits""",
     add("--length", type=int, metavar="N", help="also say which scale base N queries in one call need")
 
     add = command(
-        "migrate",
         run_migrate,
-        help="convert a checkpoint with memory keys (attn_num_mem_kv) that was trained without this fork",
-        description="Convert a checkpoint of a model with rotary_xpos=True and attn_num_mem_kv that was trained on\n"
+        "convert a checkpoint with memory keys (attn_num_mem_kv) that was trained without this fork",
+        "Convert a checkpoint of a model with rotary_xpos=True and attn_num_mem_kv that was trained on\n"
         "upstream's release: at the length trained at it then gives here what it gave there. Any other model\n"
         "needs no conversion. The result is compared with what upstream computes before it is written.",
-        epilog=f"""examples:
-  {PROG} migrate old.pt --model train:build_model --length 2048 --output new.pt
-  {PROG} migrate step9.pt --key model --model train:build_model --length 2048 --output new.pt
-  {PROG} migrate a.safetensors --model train:build_model --length 2048 --output b.safetensors
-
-exit status: 0 converted, 1 the answers are not those of before, and nothing was written""",
     )
     source_help = "a state dict of torch.save, alone or in a dict, or a .safetensors file; never written to"
-    model_help = "the model that the checkpoint is of: what FACTORY of MODULE returns, without arguments"
     length_help = "the length trained at, in positions: tokens, memory tokens and whatever was prepended"
     add("checkpoint", type=Path, metavar="CHECKPOINT", help=source_help)
-    add("--model", required=True, metavar="MODULE:FACTORY", help=model_help)
+    add("--model", required=True, metavar="MODULE:FACTORY", help="the model that the checkpoint is of")
     add("--length", required=True, type=int, metavar="N", help=length_help)
     add("--output", required=True, type=Path, metavar="OUT", help="the file to write; it must not exist yet")
     add("--key", metavar="KEY", help="where in a dict the state dict is, as in model or state.model")
@@ -166,7 +140,8 @@ def run_check(options: argparse.Namespace) -> int:
     dtype = DTYPES[options.dtype] if options.dtype is not None else None
     device = _device(options.device, dtype or torch.float32) if options.device is not None else None
     subjects: dict[str, Subject] = {}
-    tested, notes, results, left_out = [], [], [], []
+    tested: list[str] = []
+    notes, results, left_out = list[str](), list[judge.Result](), list[judge.LeftOut]()
     with theirs.undisturbed():
         if options.model is None:
             model, text = ours.SUMMARY, options.text or ours.TEXT
@@ -189,17 +164,17 @@ def run_check(options: argparse.Namespace) -> int:
         if options.plot is not None:
             report.prepare_plot(options.plot)
 
-        total = sum(len(judge.plan(subject)[0]) for subject in subjects.values())
-        numbers = iter(range(1, total + 1))
+        total, numbers = sum(len(judge.plan(subject)[0]) for subject in subjects.values()), itertools.count(1)
+
+        def progress(name: str) -> None:
+            print(f"[{next(numbers)}/{total}] {name}", file=sys.stderr)
+
         for name, subject in subjects.items():
             prefix = f"{name}: " if len(subjects) > 1 else ""
 
-            def progress(of: str, prefix: str = prefix) -> None:
-                print(f"[{next(numbers)}/{total}] {prefix}{of}", file=sys.stderr)
-
-            found, lacking = judge.check(subject, progress)
-            results += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in found]
-            left_out += [replace(each, key=prefix + each.key, name=prefix + each.name) for each in lacking]
+            found, lacking = judge.check(subject, progress, prefix)
+            results += found
+            left_out += lacking
             if not subject.positions_matter():
                 notes.append(f"{prefix}{_NO_POSITIONS}")
 

@@ -6,9 +6,10 @@ is made random, and queries and keys are large enough that attention is far from
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,23 +43,18 @@ _CONTEXT_LEN = 48
 
 
 def read_text(path: str | None, max_len: int) -> Tensor:
-    """The first `max_len` bytes of the file, or of the topics of Python's own help where `path` is None.
-
-    Raises UsageError if there are fewer, or none that can be read.
-    """
+    """The first `max_len` bytes of the file, or of the topics of Python's own help. Raises UsageError without them."""
     try:
-        if path is not None:
+        if path is None:
+            topics = importlib.import_module(TEXT).topics
+            content = "\n".join(topics[name] for name in sorted(topics)).encode()
+        else:
             with Path(path).open("rb") as file:
                 content = file.read(max_len)
-        else:
-            from pydoc_data.topics import topics
-
-            content = "\n".join(topics[name] for name in sorted(topics)).encode()
     except OSError as error:
         raise UsageError(f"argument --text: cannot read {path}: {error.strerror}; give a readable file") from None
     except ImportError:
-        reason = f"this Python comes without {TEXT}, the default"
-        raise UsageError(f"argument --text: {reason}; give a text with --text FILE") from None
+        raise UsageError(f"argument --text: this Python lacks {TEXT}, the default; give --text FILE") from None
     if len(content) < max_len:
         raise UsageError(
             f"argument --max-len: {max_len} is more than the {len(content)} bytes of {path or TEXT}; "
@@ -145,11 +141,10 @@ def _randomise(net: nn.Module) -> None:
         if bool(((parameter == 0) | (parameter == 1)).all()):
             parameter.add_(torch.randn_like(parameter) * 0.2)
     for attention in (module for module in net.modules() if isinstance(module, Attention)):
-        for projection, std in ((attention.to_q, _QUERY_KEY_STD), (attention.to_k, _QUERY_KEY_STD)):
+        # values as large as the embedding or larger, else the residual stream drowns what attention gives
+        for name, std in (("to_q", _QUERY_KEY_STD), ("to_k", _QUERY_KEY_STD), ("to_v", 1), ("to_out", 1)):
+            projection = getattr(attention, name)
             projection.weight.normal_(std=std * projection.in_features**-0.5)
-        # as large as the embedding or larger, else the residual stream drowns what attention gives
-        for projection in (attention.to_v, attention.to_out):
-            projection.weight.normal_(std=projection.in_features**-0.5)
 
 
 def normal(*shape: int) -> Tensor:
@@ -170,13 +165,13 @@ def random_cache(length: int, net: Net) -> LayerIntermediates:
 class Observed:
     """What one layer computed: queries before and after rotation `(heads, i, dim_head)`, scores `(heads, i, j)`.
 
-    `keys` and `rotated_keys` `(heads, j, dim_head)` are those that the queries met.
+    `rotated_keys` `(heads, j, dim_head)` are those that the queries met.
     """
 
-    queries: Tensor = field(default_factory=lambda: torch.empty(0))
-    rotated_queries: Tensor = field(default_factory=lambda: torch.empty(0))
-    rotated_keys: Tensor = field(default_factory=lambda: torch.empty(0))
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    queries: Tensor
+    rotated_queries: Tensor
+    rotated_keys: Tensor
+    scores: Tensor
 
     def score_error(self, keys: Tensor, query_pos: Tensor, key_pos: Tensor) -> float:
         """How far the scores are from the formula, relative to the largest sum of terms' sizes of each query.
@@ -207,22 +202,19 @@ def observe(net: Net, rows: Tensor) -> Iterator[list[Observed]]:
     causal mask. All other rows are let go of at once: `n * n` scores per layer would be what the memory is spent on.
     """
     seen: list[Observed] = []
-    handles = []
-    for attention in (module for module in net.module.modules() if isinstance(module, Attention)):
-        layer = Observed()
-        seen.append(layer)
+    queries: list[Tensor] = []
 
-        def note_queries(_module: nn.Module, _args: object, q: Tensor, layer: Observed = layer) -> None:
-            layer.queries = q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1)
+    def note_queries(_module: nn.Module, _args: object, q: Tensor) -> None:
+        queries.append(q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1))
 
-        def note_scores(_module: nn.Module, args: Any, output: Any, layer: Observed = layer) -> None:
-            found = output[1]
-            layer.rotated_queries, layer.rotated_keys = args[0][0, :, rows], args[1][0]
-            layer.scores = found.qk_similarities[0, :, rows]
-            found.qk_similarities = found.pre_softmax_attn = found.post_softmax_attn = None
+    def note_scores(_module: nn.Module, args: Any, output: Any) -> None:
+        found = output[1]
+        seen.append(Observed(queries.pop(), args[0][0, :, rows], args[1][0], found.qk_similarities[0, :, rows]))
+        found.qk_similarities = found.pre_softmax_attn = found.post_softmax_attn = None
 
-        handles.append(attention.to_q.register_forward_hook(note_queries))
-        handles.append(attention.attend.register_forward_hook(note_scores))
+    layers = [module for module in net.module.modules() if isinstance(module, Attention)]
+    handles = [attention.to_q.register_forward_hook(note_queries) for attention in layers]
+    handles += [attention.attend.register_forward_hook(note_scores) for attention in layers]
     try:
         yield seen
     finally:

@@ -2,7 +2,7 @@
 
 A property is a generator that yields a `Point` per length: how far two computations that must agree are apart.
 `judge` has the verdict on the largest deviation of each. Those for which attention has to be observed, or the model
-built in another way, are measured on our models alone.
+built in another way, are measured on our models alone. `ALL` has every one.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def scores_of_all_queries(subject: Ours) -> Iterator[Point]:
     """The scores of a call for the whole text, in each layer and head, are those of the paper's formula."""
     net = subject.variant(flash=False).net
     for length in _every_third(subject.lengths, subject.max_len):
-        rows = torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(net.device)
+        rows = _some_rows(length, net)
         with ours.observe(net, rows) as layers:
             _, cache = net(subject.inputs.part(0, length))
         for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
@@ -198,15 +198,19 @@ def scores_of_all_queries(subject: Ours) -> Iterator[Point]:
             yield Point(length, error, f"layer {number}")
 
 
+def _some_rows(length: int, net: Net) -> Tensor:
+    return torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(net.device)
+
+
 def scores_on_long_cache(subject: Ours) -> Iterator[Point]:
     """The scores of one query on a long cache of random keys are those of the paper's formula."""
     net = subject.variant(flash=False, depth=1).net
     for length in CACHE_LENGTHS:
         tokens = torch.zeros(1, length + 1, dtype=torch.long, device=net.device)
-        with ours.observe(net, torch.tensor([0], device=net.device)) as (layer,):
+        with ours.observe(net, _some_rows(1, net)) as layers:
             _, cache = extend(net, Inputs(tokens), length, length + 1, ours.random_cache(length, net))
         keys = cache.attn_intermediates[0].cached_kv[0][0]
-        yield Point(length, layer.score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
+        yield Point(length, layers[0].score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
 
 
 def scores_across_shards(subject: Ours) -> Iterator[Point]:
@@ -214,15 +218,14 @@ def scores_across_shards(subject: Ours) -> Iterator[Point]:
     net = subject.variant(flash=False, depth=1).net
     for length in _every_third(subject.lengths, subject.max_len - 1):
         pos, cut = torch.arange(length, device=net.device), length // 2
-        rows = torch.linspace(0, length - cut - 1, min(length - cut, _SCORE_ROWS)).long().to(net.device)
-        window = {"rotary_window": (0, length)}
-        with ours.observe(net, rows[:1]) as (first,):
+        rows, window = _some_rows(length - cut, net), {"rotary_window": (0, length)}
+        with ours.observe(net, rows[:1]) as first:
             _, cache = net(subject.inputs.part(0, cut), pos=pos[:cut], **window)
-        with ours.observe(net, rows) as (second,):
+        with ours.observe(net, rows) as second:
             net(subject.inputs.part(cut, length), pos=pos[cut:], **window)
-        second.scores = second.rotated_queries @ first.rotated_keys.mT * ours.DIM_HEAD**-0.5
-        keys = cache.attn_intermediates[0].cached_kv[0][0]
-        yield Point(length, second.score_error(keys, pos[cut:][rows], pos[:cut]), f"cut at {cut:,}")
+        found, keys = second[0], cache.attn_intermediates[0].cached_kv[0][0]
+        found.scores = found.rotated_queries @ first[0].rotated_keys.mT * ours.DIM_HEAD**-0.5
+        yield Point(length, found.score_error(keys, pos[cut:][rows], pos[:cut]), f"cut at {cut:,}")
 
 
 def context_positions(subject: Ours) -> Iterator[Point]:
@@ -261,10 +264,6 @@ def refusals(subject: Subject) -> Iterator[Point]:
 # all of them
 
 
-def _no_cache(net: Net) -> str:
-    return "" if net.can_cache else "it cannot cache keys and values (memory tokens, recycling or attn_selective)"
-
-
 def _no_mems(net: Net) -> str:
     return "its max_mem_len is 0, so that it keeps no hidden states" if net.max_mem_len == 0 else ""
 
@@ -286,12 +285,8 @@ def _of_range(subject: Subject) -> float:
     return subject.of_chunks if subject.holds_in_chunks else subject.of_calls
 
 
-def _of_scores(subject: Subject) -> float:
-    return score_tolerance(subject.net.dtype, subject.max_len, ours.DIM_HEAD)
-
-
-def _of_scores_on_cache(subject: Subject) -> float:
-    return score_tolerance(subject.net.dtype, max(CACHE_LENGTHS), ours.DIM_HEAD)
+def _of_scores(subject: Subject, length: int | None = None) -> float:
+    return score_tolerance(subject.net.dtype, length or subject.max_len, ours.DIM_HEAD)
 
 
 @dataclass(frozen=True)
@@ -299,7 +294,7 @@ class Property:
     """`needs` is an argument of `AttentionLayers.forward` without which a release has nothing to measure.
 
     `lacked` gives the reason why a model cannot have it, empty if it can. `variant` gives the options of the model of
-    ours that it is measured on, where that is not the one given.
+    ours that it is measured on, empty for the one given; it is None for a property of any model.
     """
 
     key: str
@@ -311,11 +306,21 @@ class Property:
     variant: Callable[[], dict[str, Any]] | None = None
 
 
+_ours = partial(Property, variant=dict)
 _of_calls, _of_decoding, _of_chunks = (attrgetter(f"of_{name}") for name in ("calls", "decoding", "chunks"))
 _decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
-_only_new = "input_not_include_cache"
+_only_new, _no_cache = "input_not_include_cache", attrgetter("no_cache")
+_of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
 
-OF_ANY = (
+
+def _on(key: str, name: str, measure: Any, needs: str | None = None, **options: Any) -> Property:
+    """A property of our model with these options; those that are functions are called for theirs."""
+    tolerance = _of_scores if measure is scores_of_all_queries else _of_calls
+    variant = lambda: {option: value() if callable(value) else value for option, value in options.items()}  # noqa: E731
+    return Property(key, name, measure, tolerance, needs, variant=variant)
+
+
+ALL = (
     Property("prefix", "prefix consistency", prefix_consistency, _of_calls),
     Property("rows", "independent rows", independent_rows, attrgetter("of_rows")),
     Property("cached-whole", "cached decode, whole text", _decode_whole, _of_decoding, lacked=_no_cache),
@@ -324,35 +329,17 @@ OF_ANY = (
     Property("mems", "segments with mems", segments_with_mems, attrgetter("of_segments"), lacked=_no_mems),
     Property("shift", "shift of positions", shift_invariance, _of_shift, "pos", _no_positions),
     Property("range", "up to the limit", up_to_the_limit, _of_range),
-)
-
-
-def _on(
-    key: str, name: str, measure: Callable[[Any], Iterator[Point]], needs: str | None = None, **options: Any
-) -> Property:
-    """A property of our model with these options; those that are functions are called for theirs."""
-    tolerance = _of_scores if measure is scores_of_all_queries else _of_calls
-    return Property(
-        key,
-        name,
-        measure,
-        tolerance,
-        needs,
-        variant=lambda: {option: value() if callable(value) else value for option, value in options.items()},
-    )
-
-
-OF_OURS = (
-    Property("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
-    Property("scores", "scores, all queries", scores_of_all_queries, _of_scores),
-    Property("scores-cache", "scores, long cache", scores_on_long_cache, _of_scores_on_cache),
+    _ours("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
+    _ours("scores", "scores, all queries", scores_of_all_queries, _of_scores),
+    _ours("scores-cache", "scores, long cache", scores_on_long_cache, _of_long_cache),
     _on("scores-bf16", "scores, cast to bfloat16", scores_of_all_queries, dtype=torch.bfloat16, length=_CAST_LEN),
     _on("scores-f16", "scores, cast to float16", scores_of_all_queries, dtype=torch.float16, length=_CAST_LEN),
-    Property("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos"),
+    _ours("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos"),
     _on("mem-kv", "memory keys", prefix_consistency, attn_num_mem_kv=4),
     _on("mem-kv-norm", "memory keys, qk norm", prefix_consistency, attn_num_mem_kv=4, attn_qk_norm=True),
     _on("added-kv", "additional keys", prefix_consistency, "self_attn_additional_kv", given=ours.additional_kv),
     _on("context-pos", "context positions", context_positions, "context_pos", given=ours.context, cross_attend=True),
-    Property("table", "table passed in", table_passed_in, _of_decoding),
-    Property("refusals", "refusals", refusals, lambda _: 0.0),
+    _ours("table", "table passed in", table_passed_in, _of_decoding),
+    _ours("refusals", "refusals", refusals, lambda _: 0.0),
 )
+OF_ANY = tuple(prop for prop in ALL if prop.variant is None)

@@ -60,7 +60,7 @@ def table(report: Report) -> str:
     lines.append(f"{'property':<{name_width}}  deviation  tolerance  verdict  lengths")
     for result in report.results:
         row = f"{result.name:<{name_width}}  {_number(result.deviation):>9}  {_number(result.tolerance):>9}  "
-        row = f"{row}{result.verdict:<7}  "
+        row = f"{row}{'pass' if result.passed else 'FAIL':<7}  "
         first, *rest = textwrap.wrap(result.detail, WIDTH - len(row)) or [""]
         lines += [(row + first).rstrip(), *(" " * len(row) + more for more in rest)]
 

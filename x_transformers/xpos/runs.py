@@ -33,6 +33,11 @@ def part_sizes(length: int) -> tuple[int, ...]:
     return (length // 4, length // 7 | 1)
 
 
+def whole(net: Net, inputs: Inputs) -> Tensor:
+    """Outputs of all positions in one call."""
+    return net(inputs)[0]
+
+
 def decode(net: Net, inputs: Inputs, start: int, *, only_new: bool) -> Tensor:
     """Outputs from position `start - 1` on, after one call for all before and one for each position more."""
     out, cache = net(inputs.part(0, start))

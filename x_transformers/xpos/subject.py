@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .limits import longest_window
 from .net import Inputs, Net, accepts, name_of
-from .runs import STEPS, decode, deviation, ladder, part_sizes, prefill, segment_sizes, segments
+from .runs import STEPS, decode, deviation, ladder, part_sizes, prefill, segment_sizes, segments, whole
 
 MIN_LEN = 32
 ROWS = 3
@@ -63,7 +63,7 @@ class Subject:
     @cached_property
     def holds_in_chunks(self) -> bool:
         """Whether the model can be run in chunks at all: whether it gives the same so with plain rotary."""
-        if not self.net.can_cache:
+        if self.net.no_cache:
             return False
         try:
             return deviation(prefill(self.plain.net, self.inputs, self.max_len // 3), self.plain.full) <= self.of_chunks
@@ -109,30 +109,25 @@ class Subject:
 
     @cached_property
     def of_calls(self) -> float:
-        return self._forced(lambda net, inputs: net(inputs)[0])
+        return self._forced(whole)
 
     @cached_property
     def of_rows(self) -> float:
-        return max(self.of_calls, self._forced(lambda net, inputs: net(inputs)[0], inputs=self.texts))
+        return max(self.of_calls, self._forced(whole, inputs=self.texts))
 
     @cached_property
     def of_decoding(self) -> float:
-        only_new, start = accepts("input_not_include_cache"), self.max_len - self.steps
-        return max(self.of_calls, self._forced(lambda net, inputs: decode(net, inputs, start, only_new=only_new)))
+        start, only_new = self.max_len - self.steps, accepts("input_not_include_cache")
+        return max(self.of_calls, self._forced(partial(decode, start=start, only_new=only_new)))
 
     @cached_property
     def of_chunks(self) -> float:
-        def chunks(size: int) -> Callable[[Net, Inputs], Tensor]:
-            return lambda net, inputs: prefill(net, inputs, size)
-
-        return max(self.of_calls, self._forced(*map(chunks, part_sizes(self.max_len))))
+        return max(self.of_calls, self._forced(*(partial(prefill, size=size) for size in part_sizes(self.max_len))))
 
     @cached_property
     def of_segments(self) -> float:
-        def parts(sizes: list[int]) -> Callable[[Net, Inputs], Tensor]:
-            return lambda net, inputs: segments(net, inputs, sizes)
-
-        return max(self.of_calls, self._forced(*map(parts, segment_sizes(self.max_len, self.net.max_mem_len))))
+        every = segment_sizes(self.max_len, self.net.max_mem_len)
+        return max(self.of_calls, self._forced(*(partial(segments, sizes=sizes) for sizes in every)))
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -122,8 +122,9 @@ def find(spec: str, model: nn.Module) -> list[Target]:
         raise _error(spec, f"{kind} has no Decoder of x-transformers in it; return a model that is built on one")
     with_xpos = [(path, layers) for path, layers in stacks if _has_xpos(layers)]
     if not with_xpos:
+        way_out = "pass it, as rotary_xpos_scale_base alone does nothing"
         kinds = ", ".join(dict.fromkeys(type(layers).__name__ for _, layers in stacks))
-        raise _error(spec, f"{kind} has no xPos: its {kinds} was built without rotary_xpos=True; pass it")
+        raise _error(spec, f"{kind} has no xPos: its {kinds} was built without rotary_xpos=True; {way_out}")
     targets = []
     for layers_path, layers in with_xpos:
         wrappers = (
@@ -157,7 +158,7 @@ def open_net(
     except Exception as error:
         raise _error(spec, f"the model cannot be copied: {type(error).__name__}: {error}") from error
 
-    reason = ""
+    note = reason = ""
     for part in dict.fromkeys((copied.module, copied.layers)):
         try:
             net = Net(part.to(device=device, dtype=dtype))
@@ -166,12 +167,10 @@ def open_net(
             if not net.dtype.is_floating_point:
                 raise UsageError(f"its queries are projected in {net.dtype}, not in floating point")
             net(net.inputs(2, min(_PROBE_LEN, net.max_seq_len or _PROBE_LEN)))
+            return net, note
         except Exception as error:
-            message = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
-            reason = " ".join(message.split())
-            continue
-        if part is copied.module:
-            return net, ""
-        kind = type(target.module).__name__
-        return net, f"tested is the {type(part).__name__} in it, on hidden states, as the {kind} cannot be: {reason}"
+            said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            reason = " ".join(said.split())
+            kinds = type(copied.layers).__name__, type(target.module).__name__
+            note = "tested is the {} in it, on hidden states, as the {} cannot be: ".format(*kinds) + reason
     raise _error(spec, f"the model cannot be called: {reason}")
