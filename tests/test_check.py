@@ -20,12 +20,11 @@ from packaging_support import hatch_build
 
 import x_transformers
 from x_transformers import x_transformers as upstream
-from x_transformers.xpos import Ours, Result, formula, judge, ours, package, properties, report
+from x_transformers.xpos import Ours, Result, formula, judge, ours, properties, report
 from x_transformers.xpos import __main__ as command
 from x_transformers.xpos.net import Net
 from x_transformers.xpos.properties import Point, Property
-from x_transformers.xpos.runs import deviation
-from x_transformers.xpos.subject import Subject
+from x_transformers.xpos.subject import Subject, deviation
 
 LINE = Path(__file__).parent.parent / "patches" / "2.x"
 PACKAGE = Path(x_transformers.__file__).parent
@@ -245,7 +244,7 @@ def test_table_json_and_plot_show_the_same(tmp_path: Path) -> None:
     ]
     results = tuple(Result(name, name, apart, tolerance, "7 to 7", (point,)) for name, apart, tolerance, _, _ in rows)
     values = dict.fromkeys(("device", "dtype", "max_len", "text", "model", "torch", "seconds"), 1)
-    outcome = report.Report(package.Package("x_transformers"), values, results, 4.0)
+    outcome = report.Report(report.package(), values, results, 4.0)
     lines, fields = report.table(outcome).splitlines(), json.loads(report.document(outcome))
     report.plot(outcome, str(tmp_path / "plot.svg"))
     plot = xml.etree.ElementTree.parse(tmp_path / "plot.svg").getroot()

@@ -24,7 +24,7 @@ from x_transformers import Decoder, TransformerWrapper
 from x_transformers import x_transformers as upstream
 from x_transformers.xpos import fold_mem_kv_, limits, migrate, properties, theirs
 from x_transformers.xpos.net import Net, duplicate, first_attention
-from x_transformers.xpos.runs import deviation
+from x_transformers.xpos.subject import deviation
 
 SHORT = ("--max-len", "32")
 KEYS = [prop.key for prop in properties.OF_ANY]
@@ -497,8 +497,8 @@ def test_a_name_that_the_file_leaves_out_may_be_anothers_tensor(here: Path, tool
         (lambda: Path("old.safetensors").write_bytes(b"no"), {"source": "old.safetensors", "output": "new.safetensors"},
          ["CHECKPOINT", "cannot be read"]),
         (lambda: torch.save(nn.Linear(1, 1), "old.pt"), {}, ["CHECKPOINT", "torch.save(model.state_dict()"]),
-        (lambda: torch.save([1], "old.pt"), {}, ["CHECKPOINT", "holds a list"]),
-        (lambda: torch.save({"model": {"a": torch.ones(1)}, "step": 1}, "old.pt"), {}, ["--key with one of model"]),
+        (lambda: torch.save([1], "old.pt"), {}, ["CHECKPOINT", "holds a list", "give --key"]),
+        (lambda: torch.save({"model": {"a": torch.ones(1)}, "step": 1}, "old.pt"), {}, ['"model"', "with --key"]),
         (lambda: torch.save({"a": torch.ones(1)}, "old.pt"), {}, ["Missing key", "emb.weight", 'Unexpected key(s)']),
         (None, {"key": "model"}, ["--key", "'model'"]),
         (None, {"length": "0"}, ["--length", "1 or more"]),

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from . import judge, limits, migrate, ours, package, report, theirs
+from . import judge, limits, migrate, ours, report, theirs
 from .limits import DTYPES
 from .net import SEED, Net, UsageError, name_of
 from .subject import MIN_LEN, ROWS, Subject, longest
@@ -180,7 +180,7 @@ def run_check(options: argparse.Namespace) -> int:
 
     first, *_ = subjects.values()
     outcome = report.Report(
-        package=package.describe(),
+        package=report.package(),
         run={
             "device": str(first.net.device),
             "dtype": name_of(first.net.dtype),

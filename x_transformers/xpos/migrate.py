@@ -1,12 +1,17 @@
-"""Convert a checkpoint that was trained on upstream's xPos, and prove on its model that it gives the same answers.
+"""Carry a model that was trained on upstream's xPos over to this fork, and prove that it gives the same answers.
 
-The proof does not trust the conversion: on a float64 copy of the model, with the weights as they were, it computes
-what upstream did at the length trained at. There the table of rotary embeddings is passed in, with that length as its
-window, and where it has the position of the memory keys it leaves them as they are. That must be what the converted
-weights give with no more said. What may differ is what the folded memory keys are rounded by, so the tolerance is 4
-times what their own rounding does to the same answers: the worst that comes of changing each element by one unit
-roundoff, up or down at random. In float64 the two also differ in how exact the angles are, for which `subject` has a
-tolerance.
+Only models with learned memory key / values (`attn_num_mem_kv`) need it. Upstream left those keys unscaled, while the
+queries carried ζ ** ((m - c) / S) with c = n // 2 at sequence length n; here the keys are at position 0 and carry
+ζ ** ((c - 0) / S) themselves. At the length that a model was trained at, the difference is a constant factor of each
+rotated dimension, so folding it into the parameter once makes the two the same there. At other lengths they differ, and
+upstream's answer is the one that changes with the length.
+
+The proof, of a checkpoint, does not trust the fold: on a float64 copy of the model, with the weights as they were, it
+computes what upstream did at the length trained at. There the table of rotary embeddings is passed in, with that length
+as its window, and where it has the position of the memory keys it leaves them as they are. That must be what the folded
+weights give with no more said. What may differ is what those are rounded by, so the tolerance is 4 times what their own
+rounding does to the same answers: the worst that comes of changing each element by one unit roundoff, up or down at
+random.
 """
 
 from __future__ import annotations
@@ -24,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import theirs
-from .fold import factor, fold_mem_kv_, with_mem_kv
-from .limits import DTYPES, longest_window
-from .net import Inputs, Net, UsageError, duplicate, name_of
-from .runs import deviation
-from .subject import ROWS, Subject, unit_roundoff
+from x_transformers import Attention
+from x_transformers.x_transformers import AttentionLayers
+
+from . import formula, theirs
+from .limits import longest_window
+from .net import Inputs, Net, UsageError, duplicate, name_of, rotates_neighbors
+from .subject import deviation, unit_roundoff
 
 SAFETENSORS = ".safetensors"
 
@@ -38,6 +44,68 @@ _LONGEST_COMPARED = 1_024
 
 # What a rounding does to the answers differs from one to the next: the worst of some is taken.
 _ROUNDINGS = 4
+
+
+@torch.no_grad()
+def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -> int:
+    """Fold the scale of `seq_len`, the length trained at, into the memory keys of `model`, in place.
+
+    Load the checkpoint first, fold once, and save. Returns the number of attention layers that were changed.
+
+    `seq_len` is the number of positions attended over in training, the tokens and whatever is prepended to them.
+    `context_pos` says that the model is called with `context_pos`: only then do memory keys of cross attention count
+    as keys at position 0.
+
+    Raises ValueError if `seq_len` is not positive, if the model has no memory keys that xPos applies to, if the result
+    leaves the range of the parameter's dtype, and for `attn_qk_norm`, which normalises the memory keys, so that no
+    factor can be folded into them. Nothing is changed then.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be the length that the model was trained at, at least 1, got {seq_len}")
+    found = list(_with_mem_kv(model, context_pos=context_pos))
+    if not found:
+        raise ValueError("model has no layer with both rotary_xpos and attn_num_mem_kv: it needs no conversion")
+    if any(attention.qk_norm for _, attention in found):
+        raise ValueError(
+            "model has attn_qk_norm, which normalises mem_k after any factor was folded into it, so there is no exact "
+            "conversion: fine-tune the model on this fork, or stay with the release that it was trained on"
+        )
+    folded = []
+    for rotary, attention in found:
+        mem_k, scale = attention.mem_k.clone(), _factor(rotary, seq_len)
+        # (heads, num_mem_kv, dim_head): the first dims of the heads that are rotated, in 1.27.5 all
+        rotated = mem_k[-getattr(attention, "rotate_num_heads", attention.heads) :, :, : len(scale)]
+        rotated.copy_(rotated.double() * scale.to(mem_k.device))
+        if bool(attention.mem_k.isfinite().all()) and not bool(mem_k.isfinite().all()):
+            raise ValueError(
+                f"memory keys times a factor of up to {float(scale.max()):.2g} leave the range of "
+                f"{name_of(mem_k.dtype)}: convert a copy of the model in float32 or bfloat16"
+            )
+        folded.append(mem_k)
+    for (_, attention), mem_k in zip(found, folded):
+        attention.mem_k.copy_(mem_k)
+    return len(found)
+
+
+def _with_mem_kv(model: nn.Module, *, context_pos: bool = False) -> Iterator[tuple[Any, Any]]:
+    """The `RotaryEmbedding` and the attention of each layer with memory keys that xPos applies to."""
+    layers: Any
+    for layers in model.modules():
+        rotary = layers.rotary_pos_emb if isinstance(layers, AttentionLayers) else None
+        if rotary is None or rotary.scale is None:
+            continue
+        for layer_type, (_, block, _) in zip(layers.layer_types, layers.layers):
+            if isinstance(block, Attention) and block.num_mem_kv > 0 and (layer_type == "a" or context_pos):
+                yield rotary, block
+
+
+def _factor(rotary: Any, seq_len: int) -> Tensor:
+    """What each rotated dim of a memory key is multiplied by, float64 `(rotated dims,)`."""
+    of_pairs: Tensor = formula.decays(2 * rotary.inv_freq.shape[0]) ** (-(seq_len // 2) / rotary.scale_base)
+    return of_pairs.repeat_interleave(2) if rotates_neighbors() else of_pairs.repeat(2)
+
+
+# a checkpoint
 
 
 @torch.no_grad()
@@ -61,9 +129,9 @@ def migrate(spec: str, source: Path, output: Path, length: int, key: str | None 
     except ValueError as error:
         raise UsageError(f"argument --model: {spec}: {error}") from None
 
-    folded = {id(attention.mem_k): factor(rotary, length) for rotary, attention in with_mem_kv(after)}
-    memory = {name: value for name, value in after.state_dict(keep_vars=True).items() if id(value) in folded}
-    dtype = max((_dtype(name, given[name]) for name in memory), key=unit_roundoff)
+    factors = {id(attention.mem_k): _factor(rotary, length) for rotary, attention in _with_mem_kv(after)}
+    memory = {name: value for name, value in after.state_dict(keep_vars=True).items() if id(value) in factors}
+    dtype = max((given[name].dtype for name in memory), key=unit_roundoff)
     off_by_one = [
         _with_weights(model, {**given, **{name: _one_roundoff(given[name], seed) for name in memory}})
         for seed in range(_ROUNDINGS)
@@ -82,14 +150,12 @@ def migrate(spec: str, source: Path, output: Path, length: int, key: str | None 
         expected = as_upstream(old, inputs, length)
         apart, size = max(apart, deviation(expected, new(inputs)[0])), max(size, float(expected.abs().max()))
         allowed = max(allowed, *(4 * deviation(as_upstream(net, inputs, length), expected) for net in off))
-        if dtype is torch.float64:
-            allowed = max(allowed, Subject(old, old.inputs(ROWS, inputs.length)).of_calls)
         compared = min(compared, old.positions(inputs.length))
 
     passed = apart <= allowed < math.inf
     if passed:
         _write(save, output, like=source)
-    names, by = [name for name in memory if name in state], max(float(each.max()) for each in folded.values())
+    names, by = [name for name in memory if name in state], max(float(each.max()) for each in factors.values())
     count = f"{len(names)} parameter{'s' * (len(names) > 1)}"
     lines = [
         f"folded    {count} in {name_of(dtype)}, by up to {by:.4g}, for {length:,}",
@@ -127,8 +193,8 @@ def _with_weights(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
         # torch's own list of what is missing, unexpected or of another shape
         reasons = " ".join(line.strip()[:150] for line in str(error).splitlines()[1:4])
         raise UsageError(
-            f"argument CHECKPOINT: it is not of the model that the factory builds: {reasons}; "
-            "give the factory of the model that was saved"
+            f"argument CHECKPOINT: it is not of the model that the factory builds: {reasons}; give the factory of the "
+            "model that was saved, and with --key the name of its state dict in the file, if it has one"
         ) from None
     return copied
 
@@ -159,13 +225,6 @@ def _one_roundoff(value: Tensor, seed: int) -> Tensor:
     return value.double() * (1 + unit_roundoff(value.dtype) * sign)
 
 
-def _dtype(name: str, value: Tensor) -> torch.dtype:
-    if value.dtype not in DTYPES.values():
-        reason = f"{name} is in {value.dtype}, which no model can be run in; convert it to bfloat16"
-        raise UsageError(f"argument CHECKPOINT: {reason}")
-    return value.dtype
-
-
 # the files
 
 
@@ -187,21 +246,18 @@ def _read(path: Path, key: str | None) -> tuple[MutableMapping[str, Any], Callab
 
     `key` says where in a dict it is. Nothing in the file is run: it is read with `weights_only=True`.
     """
+    if path.suffix == SAFETENSORS and key is not None:
+        raise UsageError(f"argument --key: {path.name} is a safetensors file, which has no dict; leave it out")
     try:
-        if path.suffix != SAFETENSORS:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            return _state_in(content, key, path), partial(torch.save, content)
-        if key is not None:
-            raise UsageError(f"argument --key: {path.name} is a safetensors file, which has no dict; leave it out")
-        from safetensors import safe_open
-        from safetensors.torch import save_file
+        if path.suffix == SAFETENSORS:
+            from safetensors import safe_open
+            from safetensors.torch import save_file
 
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # in the order of the file
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return state, partial(save_file, state, metadata=file.metadata())
-    except UsageError:
-        raise
+            with safe_open(path, framework="pt", device="cpu") as file:
+                # in the order of the file
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return state, partial(save_file, state, metadata=file.metadata())
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         reason = f"a {SAFETENSORS} file needs safetensors, which is not installed; pip install safetensors"
         raise UsageError(f"argument CHECKPOINT: {reason}") from None
@@ -211,35 +267,15 @@ def _read(path: Path, key: str | None) -> tuple[MutableMapping[str, Any], Callab
             f"argument CHECKPOINT: {path} cannot be read as tensors and plain values ({reason}); give the file of a "
             "state dict, as written by torch.save(model.state_dict(), …)"
         ) from error
-
-
-def _state_in(content: Any, key: str | None, path: Path) -> MutableMapping[str, Any]:
-    found = content
-    if key is not None:
-        # a name with dots, or names of dicts in dicts
-        for step in [key] if isinstance(content, Mapping) and key in content else key.split("."):
-            found = found.get(step) if isinstance(found, Mapping) else None
-    if _is_state(found):
-        return found  # type: ignore[no-any-return]
-    what = "CHECKPOINT: {path} is not itself a state dict" if key is None else "--key: {path} has no state dict {key!r}"
-    hint = f"it holds a {type(content).__name__}"
-    if isinstance(content, Mapping):
-        states = [str(name) for name, value in content.items() if _is_state(value)]
-        hint = f"it holds {', '.join(map(str, [*content][:5])) or 'nothing'}"
-        hint = f"give --key with one of {', '.join(states[:5])}" if states else hint
-    raise UsageError(f"argument {what.format(path=path, key=key)}; {hint}; save model.state_dict()")
-
-
-def _is_state(content: Any) -> bool:
-    # a module may keep an extra state, which is anything
-    return (
-        isinstance(content, MutableMapping)
-        and bool(content)
-        and all(
-            isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
-            for name, value in content.items()
-        )
-    )
+    found: Any = content
+    # a name with dots, or names of dicts in dicts
+    for step in [] if key is None else [key] if isinstance(content, Mapping) and key in content else key.split("."):
+        found = found.get(step) if isinstance(found, Mapping) else None
+    if not isinstance(found, MutableMapping) or not all(isinstance(name, str) for name in found):
+        holds = ", ".join(map(str, content)) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        argument = f"--key: {key!r}" if key is not None else "CHECKPOINT: it"
+        raise UsageError(f"argument {argument} is no state dict; {path} holds {holds[:120]}; give --key or save one")
+    return found, partial(torch.save, content)
 
 
 def _complete(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,10 @@ is made random, and queries and keys are large enough that attention is far from
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,24 +69,15 @@ class Ours(Subject):
     """
 
     def __init__(
-        self,
-        text: Tensor,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        given: Mapping[str, Any] = MappingProxyType({}),
-        **options: Any,
+        self, text: Tensor, device: Any = "cpu", dtype: torch.dtype = torch.float32, given: Any = None, **options: Any
     ) -> None:
         self.main = torch.stack([text.roll(-row * len(text) // ROWS) for row in range(ROWS)])
         net = Net(build(**options).module.to(device, dtype))
-        super().__init__(net, Inputs(self.main, **given).to(net.device, dtype))
+        super().__init__(net, Inputs(self.main, **(given or {})).to(net.device, dtype))
 
     def variant(self, length: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Ours:
         """The same with further options, another dtype or less text."""
         return Ours(self.main[0, :length], self.net.device, dtype or self.net.dtype, **options)
-
-    def inputs_with(self, **given: Any) -> Inputs:
-        """The text with something else passed beside it."""
-        return Inputs(self.main[:1], **given).part(None, None, slice(0, 1)).to(self.net.device, self.net.dtype)
 
 
 def additional_kv() -> dict[str, Any]:
@@ -98,12 +88,9 @@ def additional_kv() -> dict[str, Any]:
 
 def context(padding: int = 0) -> dict[str, Any]:
     """A context with positions, of which the last `padding` are masked."""
-    length = _CONTEXT_LEN + padding
-    values, mask = normal(length, DIM).expand(ROWS, -1, -1), torch.arange(length).expand(ROWS, -1) < _CONTEXT_LEN
-    return {
-        "per_row": {"context": values, "context_mask": mask},
-        "constant": {"context_pos": torch.arange(length)},
-    }
+    pos = torch.arange(_CONTEXT_LEN + padding)
+    values, mask = normal(len(pos), DIM).expand(ROWS, -1, -1), pos.expand(ROWS, -1) < _CONTEXT_LEN
+    return {"per_row": {"context": values, "context_mask": mask}, "constant": {"context_pos": pos}}
 
 
 def build(*, flash: bool = True, depth: int = DEPTH, **options: Any) -> Net:
@@ -114,23 +101,11 @@ def build(*, flash: bool = True, depth: int = DEPTH, **options: Any) -> Net:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        net: nn.Module = TransformerWrapper(
-            num_tokens=NUM_TOKENS,
-            # neither limits anything
-            max_seq_len=_ANY,
-            max_mem_len=_ANY,
-            use_abs_pos_emb=False,
-            attn_layers=Decoder(
-                dim=DIM,
-                depth=depth,
-                heads=HEADS,
-                attn_dim_head=DIM_HEAD,
-                attn_flash=flash,
-                rotary_xpos=True,
-                rotary_emb_dim=ROTARY_DIM,
-                **options,
-            ),
-        )
+        sizes = {"dim": DIM, "depth": depth, "heads": HEADS, "attn_dim_head": DIM_HEAD, "rotary_emb_dim": ROTARY_DIM}
+        layers = Decoder(**sizes, attn_flash=flash, rotary_xpos=True, **options)
+        # neither limits anything
+        unlimited = {"max_seq_len": _ANY, "max_mem_len": _ANY, "use_abs_pos_emb": False}
+        net = TransformerWrapper(num_tokens=NUM_TOKENS, **unlimited, attn_layers=layers)
         _randomise(net)
     return Net(net.eval())
 

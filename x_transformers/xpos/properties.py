@@ -24,15 +24,24 @@ from . import ours
 from .limits import limit_of, longest_window
 from .net import Inputs, Net, accepts
 from .ours import Ours
-from .runs import decode, deviation, extend, part_sizes, prefill, segment_sizes, segments
-from .subject import ROWS, Subject, score_tolerance
+from .subject import (
+    ROWS,
+    Subject,
+    decode,
+    deviation,
+    extend,
+    part_sizes,
+    prefill,
+    score_tolerance,
+    segment_sizes,
+    segments,
+)
 
 SHIFTS = (1, 4_097, 1_000_000)
 CACHE_LENGTHS = (1_000, 10_000, 100_000)
 
 _GREEDY_STEPS = 32
-_GREEDY_LONGEST_PROMPT = 512
-_CAST_LEN = 512
+_CAST_LEN = _GREEDY_LONGEST_PROMPT = 512
 _CONTEXT_PADDING = 80
 _SCORE_ROWS = 16
 
@@ -60,9 +69,8 @@ def independent_rows(subject: Subject) -> Iterator[Point]:
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
         together = subject.net(subject.texts.part(0, length))[0]
         for row in range(ROWS):
-            rows = slice(row, row + 1)
-            alone = subject.net(subject.texts.part(0, length, rows))[0]
-            yield Point(length, deviation(alone, together[rows]), f"row {row + 1} of {ROWS}")
+            alone = subject.net(subject.texts.part(0, length, slice(row, row + 1)))[0]
+            yield Point(length, deviation(alone, together[row : row + 1]), f"row {row + 1} of {ROWS}")
 
 
 def cached_decode(subject: Subject, *, only_new: bool) -> Iterator[Point]:
@@ -102,9 +110,9 @@ def shift_invariance(subject: Subject) -> Iterator[Point]:
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
         inputs, pos = subject.inputs.part(0, length), positions(length)
         expected = net(inputs)[0]
-        yield Point(length, deviation(net(inputs, pos=pos)[0], expected), "pos=arange(n) given")
-        for shift in SHIFTS:
-            yield Point(length, deviation(net(inputs, pos=pos + shift)[0], expected), f"by {shift:,}")
+        for shift in (0, *SHIFTS):
+            note = f"by {shift:,}" if shift else "pos=arange(n) given"
+            yield Point(length, deviation(net(inputs, pos=pos + shift)[0], expected), note)
 
         # the layers of themselves take positions of the new alone
         if net.is_wrapper and subject.holds_in_chunks:
@@ -133,19 +141,15 @@ def up_to_the_limit(subject: Subject) -> Iterator[Point]:
     net = subject.net.duplicate()
     rotary: Any = net.layers.rotary_pos_emb
     # limits are odd numbers, so it may come out one higher
-    wanted = net.positions(subject.max_len) - 2
-    rotary.scale_base *= wanted / limit_of(rotary, net.dtype, masked=False)
-    note = f"scale base {rotary.scale_base:.3g}"
-
-    fitting = net.longest(longest_window(net.dtype, rotary.scale_base))
-    inputs = subject.inputs.part(0, fitting)
+    rotary.scale_base *= (net.positions(subject.max_len) - 2) / limit_of(rotary, net.dtype, masked=False)
+    inputs = subject.inputs.part(0, net.longest(longest_window(net.dtype, rotary.scale_base)))
     expected = out = net(inputs)[0]
     if subject.holds_in_chunks:
-        expected = prefill(net, inputs, max(1, fitting // 3))
-    yield Point(fitting, deviation(out, expected), note)
+        expected = prefill(net, inputs, max(1, inputs.length // 3))
+    yield Point(inputs.length, deviation(out, expected), f"scale base {rotary.scale_base:.3g}")
 
-    limit = net.longest(limit_of(rotary, net.dtype, masked=False))
-    yield _refusal(limit + 1, "one query too many", ValueError, lambda: net(subject.inputs.part(0, limit + 1)))
+    more = net.longest(limit_of(rotary, net.dtype, masked=False)) + 1
+    yield _refusal(more, "one query too many", ValueError, lambda: net(subject.inputs.part(0, more)))
 
 
 def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[], object]) -> Point:
@@ -169,10 +173,8 @@ def greedy_generation(subject: Subject) -> Iterator[Point]:
     generator = AutoregressiveWrapper(subject.net.module).eval()
     for length in _every_third(subject.lengths, min(subject.max_len, _GREEDY_LONGEST_PROMPT)):
         prompt = subject.inputs.main[:, :length]
-        cached, uncached = (
-            generator.generate(prompt, _GREEDY_STEPS, temperature=0.0, cache_kv=cache_kv)[0]
-            for cache_kv in (True, False)
-        )
+        generate = partial(generator.generate, prompt, _GREEDY_STEPS, temperature=0.0)
+        cached, uncached = generate(cache_kv=True)[0], generate(cache_kv=False)[0]
         differs = (cached != uncached).nonzero()
         if len(differs) == 0:
             yield Point(length, 0.0, "the same text")
@@ -231,7 +233,8 @@ def scores_across_shards(subject: Ours) -> Iterator[Point]:
 def context_positions(subject: Ours) -> Iterator[Point]:
     """The output at a position is the same however much text follows, and however the context is padded."""
     yield from prefix_consistency(subject)
-    padded = subject.inputs_with(**ours.context(_CONTEXT_PADDING))
+    given = ours.context(_CONTEXT_PADDING)
+    padded = Inputs(subject.main, **given).part(None, None, slice(0, 1)).to(subject.net.device, subject.net.dtype)
     yield Point(subject.max_len, deviation(subject.net(padded)[0], subject.full), "context padded")
 
 
@@ -307,16 +310,19 @@ class Property:
 
 
 _ours = partial(Property, variant=dict)
-_of_calls, _of_decoding, _of_chunks = (attrgetter(f"of_{name}") for name in ("calls", "decoding", "chunks"))
+_of_calls, _of_decoding, _no_cache = attrgetter("of_calls"), attrgetter("of_decoding"), attrgetter("no_cache")
 _decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
-_only_new, _no_cache = "input_not_include_cache", attrgetter("no_cache")
 _of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
+_only_new = "input_not_include_cache"
 
 
 def _on(key: str, name: str, measure: Any, needs: str | None = None, **options: Any) -> Property:
     """A property of our model with these options; those that are functions are called for theirs."""
+
+    def variant() -> dict[str, Any]:
+        return {option: value() if callable(value) else value for option, value in options.items()}
+
     tolerance = _of_scores if measure is scores_of_all_queries else _of_calls
-    variant = lambda: {option: value() if callable(value) else value for option, value in options.items()}  # noqa: E731
     return Property(key, name, measure, tolerance, needs, variant=variant)
 
 
@@ -325,7 +331,7 @@ ALL = (
     Property("rows", "independent rows", independent_rows, attrgetter("of_rows")),
     Property("cached-whole", "cached decode, whole text", _decode_whole, _of_decoding, lacked=_no_cache),
     Property("cached-new", "cached decode, new token", _decode_new, _of_decoding, _only_new, _no_cache),
-    Property("chunked", "chunked prefill", chunked_prefill, _of_chunks, lacked=_no_cache),
+    Property("chunked", "chunked prefill", chunked_prefill, attrgetter("of_chunks"), lacked=_no_cache),
     Property("mems", "segments with mems", segments_with_mems, attrgetter("of_segments"), lacked=_no_mems),
     Property("shift", "shift of positions", shift_invariance, _of_shift, "pos", _no_positions),
     Property("range", "up to the limit", up_to_the_limit, _of_range),

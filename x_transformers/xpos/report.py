@@ -1,21 +1,59 @@
-"""The outcome of a check as a table, as a JSON document and as a plot."""
+"""Which package is being checked, and the outcome of the check as a table, as a JSON document and as a plot."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import x_transformers
+from x_transformers.x_transformers import RotaryEmbedding
+
+from . import provenance
 from .judge import LeftOut, Result
 from .net import UsageError
-from .package import Package
 
 WIDTH = 100
+
+
+def package() -> dict[str, Any]:
+    """What `import x_transformers` gives here, in plain values.
+
+    `distribution` is the version that the environment's metadata gives; `version`, `upstream`, `line` and `patches` are
+    those of the record of the build. `unpatched` and `modified` hold one message for each thing that is wrong.
+    """
+    path = Path(x_transformers.__file__).parent
+    distribution, record, unpatched, modified = None, None, [], []
+    with suppress(metadata.PackageNotFoundError):
+        distribution = metadata.version("x-transformers")
+    try:
+        record = provenance.read_record(path)
+        if record is None or not record.patches:
+            unpatched.append("there is no record of patches")
+        files = provenance.modified_files(path, record)
+        modified += [f"not as they were built: {', '.join(files)}"] if files else []
+    except provenance.FormatError as error:
+        modified.append(str(error))
+    if "seq_len" not in inspect.signature(RotaryEmbedding.forward).parameters:
+        unpatched.append("RotaryEmbedding.forward takes no seq_len")
+    return {
+        "path": str(path),
+        "distribution": distribution,
+        "version": record and record.version,
+        "upstream": record and {"name": record.upstream_name, "version": record.upstream_version},
+        "line": record and record.line,
+        "patches": [patch.name for patch in record.patches] if record else [],
+        "unpatched": unpatched,
+        "modified": modified,
+    }
 
 
 @dataclass(frozen=True)
@@ -27,7 +65,7 @@ class Report:
     is empty for the check's own models; `notes` is what else there is to say.
     """
 
-    package: Package
+    package: Mapping[str, Any]
     run: Mapping[str, str | int | float]
     results: tuple[Result, ...]
     logit_factor: float
@@ -37,9 +75,8 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        package = self.package
-        found = self.results and all(result.passed for result in self.results)
-        return bool(found) and not package.unpatched + package.modified
+        right = not self.package["unpatched"] + self.package["modified"]
+        return right and bool(self.results) and all(result.passed for result in self.results)
 
 
 # text
@@ -71,21 +108,22 @@ def table(report: Report) -> str:
     return "\n".join([*lines, "", *_wrapped("", *_explanations(report)), "", conclusion(report)])
 
 
-def _package_lines(package: Package) -> list[str]:
-    named = f"distribution x-transformers {package.distribution or 'not installed'}"
-    if None not in (package.distribution, package.version) and package.distribution != package.version:
-        named += ", not this copy"
-    lines = [f"package   x_transformers from {package.path}", f"          {named}"]
-    if package.upstream is None:
-        lines.append("build     no record")
-    else:
-        built_from, count = " ".join(package.upstream.values()), len(package.patches)
-        patches = f"{count} patch{'' if count == 1 else 'es'}, line {package.line}"
-        lines += [f"build     {package.version} = {built_from} and {patches}"]
-        lines += [f"          {name}" for name in package.patches]
-    if not package.unpatched + package.modified:
+def _package_lines(package: Mapping[str, Any]) -> list[str]:
+    distribution, version, patches = package["distribution"], package["version"], package["patches"]
+    other = ", not this copy" if version and distribution and version != distribution else ""
+    lines = [
+        f"package   x_transformers from {package['path']}",
+        f"          distribution x-transformers {distribution or 'not installed'}{other}",
+        "build     no record",
+    ]
+    if version:
+        count = f"{len(patches)} patch{'' if len(patches) == 1 else 'es'}"
+        upstream = " ".join(package["upstream"].values())
+        lines[-1] = f"build     {version} = {upstream} and {count}, line {package['line']}"
+    lines += [f"          {name}" for name in patches]
+    if not package["unpatched"] + package["modified"]:
         lines.append("          the files match this record")
-    return lines + _wrapped("UNPATCHED ", *package.unpatched) + _wrapped("MODIFIED  ", *package.modified)
+    return lines + _wrapped("UNPATCHED ", *package["unpatched"]) + _wrapped("MODIFIED  ", *package["modified"])
 
 
 def _explanations(report: Report) -> list[str]:
@@ -104,9 +142,9 @@ def conclusion(report: Report) -> str:
     outcome = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
     if total == 0:
         outcome = "no property could be measured: FAIL"
-    if report.package.unpatched:
+    if report.package["unpatched"]:
         outcome += ", and the package is UNPATCHED: this is not the fork"
-    elif report.package.modified:
+    elif report.package["modified"]:
         outcome += ", but the package is MODIFIED"
     return f"{outcome} ({report.run['seconds']:.0f} s)"
 
