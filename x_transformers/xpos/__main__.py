@@ -22,7 +22,7 @@ import torch
 from . import judge, limits, migrate, ours, report, theirs
 from .limits import DTYPES
 from .net import SEED, Net, UsageError, name_of
-from .subject import MIN_LEN, ROWS, Subject, longest
+from .subject import MIN_LEN, ROWS, Subject, length_of
 
 PROG = "python -m x_transformers.xpos"
 MAX_LEN, MAX_LEN_OF_MODEL = 1_024, 512
@@ -145,7 +145,7 @@ def run_check(options: argparse.Namespace) -> int:
     with theirs.undisturbed():
         if options.model is None:
             model, text = ours.SUMMARY, options.text or ours.TEXT
-            max_len = _max_len(options.max_len, MAX_LEN, Net(ours.build().module.to(dtype=dtype)))
+            max_len = length_of(Net(ours.build().module.to(dtype=dtype)), options.max_len, MAX_LEN)
             read = ours.read_text(options.text, max_len)
             subjects[""] = ours.Ours(read, device or torch.device("cpu"), dtype or torch.float32)
         else:
@@ -154,12 +154,12 @@ def run_check(options: argparse.Namespace) -> int:
                 raise UsageError(f"argument --text: {reason}")
             built = theirs.build(options.model)
             model, text = f"{options.model}, {theirs.kind_of(built)}", "random"
-            for target in theirs.find(options.model, built):
+            for path, target in theirs.find(options.model, built).items():
                 net, note = theirs.open_net(options.model, target, dtype, device)
-                max_len = _max_len(options.max_len, MAX_LEN_OF_MODEL, net)
-                subjects[target.path or type(target.module).__name__] = Subject(net, net.inputs(ROWS, max_len))
+                max_len = length_of(net, options.max_len, MAX_LEN_OF_MODEL)
+                subjects[path or type(target.module).__name__] = Subject(net, net.inputs(ROWS, max_len))
                 reads = "token ids" if net.reads_tokens else "hidden states"
-                tested.append(f"{target.summary}; {max_len:,} random {reads}")
+                tested.append(f"{theirs.summary(path, target)}; {max_len:,} random {reads}")
                 notes += [note] if note else []
         if options.plot is not None:
             report.prepare_plot(options.plot)
@@ -171,50 +171,29 @@ def run_check(options: argparse.Namespace) -> int:
 
         for name, subject in subjects.items():
             prefix = f"{name}: " if len(subjects) > 1 else ""
-
-            found, lacking = judge.check(subject, progress, prefix)
-            results += found
+            of_subject, lacking = judge.check(subject, progress, prefix)
+            results += of_subject
             left_out += lacking
             if not subject.positions_matter():
                 notes.append(f"{prefix}{_NO_POSITIONS}")
 
     first, *_ = subjects.values()
-    outcome = report.Report(
-        package=report.package(),
-        run={
-            "device": str(first.net.device),
-            "dtype": name_of(first.net.dtype),
-            "max_len": max(subject.max_len for subject in subjects.values()),
-            "text": text,
-            "model": model,
-            "seed": SEED,
-            "torch": torch.__version__,
-            "seconds": round(time.monotonic() - started, 1),
-        },
-        results=tuple(results),
-        logit_factor=max(subject.logit_factor for subject in subjects.values()),
-        left_out=tuple(left_out),
-        tested=tuple(tested),
-        notes=tuple(notes),
-    )
-    _write(sys.stdout, (report.document(outcome) if options.json else report.table(outcome)) + "\n")
+    run = {
+        "device": str(first.net.device),
+        "dtype": name_of(first.net.dtype),
+        "max_len": max(subject.max_len for subject in subjects.values()),
+        "text": text,
+        "model": model,
+        "seed": SEED,
+        "torch": torch.__version__,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    factor = max(subject.logit_factor for subject in subjects.values())
+    found = report.outcome(results, left_out, run, logit_factor=factor, tested=tested, notes=notes)
+    _write(sys.stdout, (report.document(found) if options.json else report.table(found)) + "\n")
     if options.plot is not None:
-        report.plot(outcome, options.plot)
-    return 0 if outcome.passed else 1
-
-
-def _max_len(asked: int | None, default: int, net: Net) -> int:
-    largest, reason = longest(net)
-    if largest < MIN_LEN:
-        raise UsageError(
-            f"argument --model: it can read {largest} positions in one call, and {MIN_LEN} are needed: {reason}"
-        )
-    value = min(default, largest) if asked is None else asked
-    if value < MIN_LEN:
-        raise UsageError(f"argument --max-len: {value} is too small; give {MIN_LEN} or more")
-    if value > largest:
-        raise UsageError(f"argument --max-len: {value} is too large, as {reason}; give {largest} or fewer")
-    return value
+        report.plot(found, options.plot)
+    return 0 if found["passed"] else 1
 
 
 def _device(name: str, dtype: torch.dtype) -> torch.device:

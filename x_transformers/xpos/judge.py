@@ -33,12 +33,6 @@ class Result:
     error: str | None = None
 
     @property
-    def worst(self) -> dict[int, float]:
-        """The largest deviation of each length."""
-        by_length = sorted(self.points, key=lambda point: (point.length, point.deviation))
-        return {point.length: point.deviation for point in by_length}
-
-    @property
     def passed(self) -> bool:
         return self.deviation is not None and self.tolerance is not None and self.deviation <= self.tolerance
 

@@ -1,19 +1,14 @@
 """How many queries fit into one call with xPos, by dtype, and what scale base a longer one needs.
 
-All figures are what the package itself refuses above: `RotaryEmbedding.max_seq_len`, or, where the line has none, the
-same formula. The center is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (window // 2 / S).
+The center is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (length // 2 / S), where ζ_0 is
+0.4 / 1.4 whatever the number of rotated dims is. What does not fit is refused by the package, by the same formula.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-
-from x_transformers.x_transformers import RotaryEmbedding
-
-from . import formula
 
 DTYPES = {
     "float16": torch.float16,
@@ -34,67 +29,54 @@ bfloat16 or float32; or build the model with a larger rotary_xpos_scale_base. St
 large values need room too. Positions passed in are not checked: what is too far ahead gives NaN."""
 
 
-def longest_window(dtype: torch.dtype, scale_base: float) -> int:
-    """How many queries fit into one call, masked or not, with room for elements of q and k of up to 64."""
-    return _window(dtype, scale_base, masked=True, room=64)
-
-
-def limit_of(rotary: Any, dtype: torch.dtype, *, masked: bool) -> int:
-    """The most queries in one call that are not refused: with room for elements of 1, as some parameters make them.
+def limit(scale_base: float, dtype: torch.dtype, *, masked: bool, room: float = 1) -> int:
+    """The most queries in one call with room for elements of q and k of this size: of 1, as the package refuses more.
 
     `masked` says that the scores with keys ahead, which are scaled by its square, have to be finite as well, as flash
     attention adds a mask or a bias to them. Else attention replaces or skips them.
     """
-    if hasattr(rotary, "max_seq_len"):
-        return int(rotary.max_seq_len(dtype, is_masked=masked))
-    return _window(dtype, rotary.scale_base, masked=masked, room=1)
-
-
-def _window(dtype: torch.dtype, scale_base: float, *, masked: bool, room: float) -> int:
     largest = torch.finfo(dtype).max / room
     if masked:
-        largest = min(largest, math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).max) / room)
-    growth = -math.log(float(formula.decays(MIN_DIM)[0])) / scale_base
-    return 2 * int(math.log(largest) / growth) + 1
+        largest = min(largest, torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.5 / room)
+    return 2 * int(scale_base * math.log(largest) / math.log(1.4 / 0.4)) + 1
 
 
-def limit_at(dim: int, scale_base: float, dtype: torch.dtype, *, masked: bool) -> int:
-    """That of any model with `dim` rotated dims and this scale base."""
-    return limit_of(RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base), dtype, masked=masked)
+def longest_window(dtype: torch.dtype, scale_base: float) -> int:
+    """How many queries fit into one call, masked or not, with room for elements of q and k of up to 64."""
+    return limit(scale_base, dtype, masked=True, room=64)
 
 
-def least_scale_base(dim: int, length: int, dtype: torch.dtype, *, masked: bool) -> int:
-    """The least whole scale base for which `length` queries fit into one call; the limit grows with it."""
-    high = 1
-    while limit_at(dim, high, dtype, masked=masked) < length:
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if limit_at(dim, middle, dtype, masked=masked) >= length else (middle, high)
-    return high
+def least_scale_base(length: int, dtype: torch.dtype, *, masked: bool) -> int:
+    """The least whole scale base for which `length` queries fit into one call; the limit is proportional to it."""
+    base = max(1, length * 1_000 // limit(1_000, dtype, masked=masked) - 1)
+    while limit(base, dtype, masked=masked) < length:
+        base += 1
+    return base
 
 
 def table(dim: int, scale_base: float, length: int | None) -> str:
     """The limits of each dtype and, with `length`, the least scale base and the number of calls that it needs."""
-    kinds = {"any": False, "masked": True}
-    limits = {name: [limit_at(dim, scale_base, DTYPES[name], masked=kinds[kind]) for kind in kinds] for name in DTYPES}
+    limits, needed = [], []
+    for name, dtype in DTYPES.items():
+        found = [limit(scale_base, dtype, masked=masked) for masked in (False, True)]
+        limits.append(_row(name, *found))
+        if length is not None:
+            bases = [least_scale_base(length, dtype, masked=masked) for masked in (False, True)]
+            needed.append(_row(name, *bases, math.ceil(length / found[1])))
     lines = [
         f"Limits of xPos with a scale base of {scale_base:g} and {dim} rotated dims (any number has the same).",
         "",
         "            queries in one call",
-        _row("dtype", *kinds),
-        *(_row(name, *found) for name, found in limits.items()),
+        _row("dtype", "any", "masked"),
+        *limits,
     ]
     if length is not None:
         lines += [
             "",
             f"For {length:,} queries: the least whole scale base in one call, or the calls it takes at {scale_base:g}",
-            _row("dtype", *kinds, "calls"),
+            _row("dtype", "any", "masked", "calls"),
+            *needed,
         ]
-        for name, dtype in DTYPES.items():
-            bases = [least_scale_base(dim, length, dtype, masked=masked) for masked in kinds.values()]
-            lines.append(_row(name, *bases, math.ceil(length / limits[name][-1])))
     return "\n".join([*lines, _EXPLANATION])
 
 

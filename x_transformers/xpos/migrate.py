@@ -21,7 +21,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,7 +200,7 @@ def _with_weights(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
 
 def _nets(spec: str, *models: nn.Module) -> Iterator[list[Net]]:
     """Each stack of layers with xPos, of every model."""
-    for targets in zip(*(theirs.find(spec, model) for model in models)):
+    for targets in zip(*(theirs.find(spec, model).values() for model in models)):
         nets = [theirs.open_net(spec, target)[0] for target in targets]
         # memory tokens between the others: no number of them need make just the length trained at
         spaced = nets[0].positions(2) - nets[0].positions(1) != 1
@@ -287,25 +286,21 @@ def _complete(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write(save: Callable[[str], None], output: Path, *, like: Path) -> None:
     """Write all of it, or nothing, and never over a file that is there; with the permissions of `like`."""
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".new")
-        os.close(handle)
-        save(temporary)
-        shutil.copymode(like, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        try:
-            # unlike a rename, it fails where there is a file by now
-            os.link(temporary, output)
-        except OSError:
-            # there is one, or a file system without hard links
-            if os.path.lexists(output):
-                raise FileExistsError("it exists by now; give another path") from None
-            os.replace(temporary, output)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            temporary = os.path.join(folder, output.name)
+            save(temporary)
+            shutil.copymode(like, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            try:
+                # unlike a rename, it fails where there is a file by now
+                os.link(temporary, output)
+            except OSError:
+                # there is one, or a file system without hard links
+                if os.path.lexists(output):
+                    raise FileExistsError("it exists by now; give another path") from None
+                os.replace(temporary, output)
     except Exception as error:  # whatever the writers raise; torch's has the reason in the first line
-        raise UsageError(f"argument --output: cannot write {output}: {str(error).splitlines()[0]}") from error
-    finally:
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"argument --output: cannot write {output}: {reason}") from error

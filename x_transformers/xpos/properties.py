@@ -21,7 +21,7 @@ from torch import Tensor
 from x_transformers import Attention, AutoregressiveWrapper, Decoder
 
 from . import ours
-from .limits import limit_of, longest_window
+from .limits import limit, longest_window
 from .net import Inputs, Net, accepts
 from .ours import Ours
 from .subject import (
@@ -141,14 +141,14 @@ def up_to_the_limit(subject: Subject) -> Iterator[Point]:
     net = subject.net.duplicate()
     rotary: Any = net.layers.rotary_pos_emb
     # limits are odd numbers, so it may come out one higher
-    rotary.scale_base *= (net.positions(subject.max_len) - 2) / limit_of(rotary, net.dtype, masked=False)
+    rotary.scale_base *= (net.positions(subject.max_len) - 2) / limit(rotary.scale_base, net.dtype, masked=False)
     inputs = subject.inputs.part(0, net.longest(longest_window(net.dtype, rotary.scale_base)))
     expected = out = net(inputs)[0]
     if subject.holds_in_chunks:
         expected = prefill(net, inputs, max(1, inputs.length // 3))
     yield Point(inputs.length, deviation(out, expected), f"scale base {rotary.scale_base:.3g}")
 
-    more = net.longest(limit_of(rotary, net.dtype, masked=False)) + 1
+    more = net.longest(limit(rotary.scale_base, net.dtype, masked=False)) + 1
     yield _refusal(more, "one query too many", ValueError, lambda: net(subject.inputs.part(0, more)))
 
 

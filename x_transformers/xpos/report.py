@@ -7,9 +7,9 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from .judge import LeftOut, Result
 from .net import UsageError
 
 WIDTH = 100
+
+Outcome = dict[str, Any]
 
 
 def package() -> dict[str, Any]:
@@ -56,56 +58,52 @@ def package() -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Report:
-    """`run` says what was run in plain values: device, dtype, max_len, text, torch, seconds and the like.
+def outcome(results: Sequence[Result], left_out: Sequence[LeftOut], run: Mapping[str, Any], **more: Any) -> Outcome:
+    """What the check found, in plain values: the JSON document, of which the table and the plot are made.
 
-    `logit_factor` is that of `Subject`: the tolerance of outputs in units of the error that the dtype forces.
-    `left_out` are the properties that were not measured. `tested` says what of a user's model was, one line each, and
-    is empty for the check's own models; `notes` is what else there is to say.
+    `run` says what was run: device, dtype, max_len, text, model, torch, seconds and the like. Of `more`, `logit_factor`
+    is that of `Subject`, `tested` has lines on what of a user's model was tested, none for the check's own models, and
+    `notes` is what else there is to say.
     """
-
-    package: Mapping[str, Any]
-    run: Mapping[str, str | int | float]
-    results: tuple[Result, ...]
-    logit_factor: float
-    left_out: tuple[LeftOut, ...] = ()
-    tested: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        right = not self.package["unpatched"] + self.package["modified"]
-        return right and bool(self.results) and all(result.passed for result in self.results)
+    of_package = package()
+    right = not of_package["unpatched"] + of_package["modified"]
+    return {
+        "format": 1,
+        "passed": right and bool(results) and all(result.passed for result in results),
+        "package": of_package,
+        "run": run,
+        "results": [{**asdict(result), "passed": result.passed} for result in results],
+        "left_out": [asdict(each) for each in left_out],
+        **more,
+    }
 
 
 # text
 
 
-def table(report: Report) -> str:
+def table(found: Outcome) -> str:
     """Plain text, no line of its own wider than 100 columns (a path may be)."""
-    run = report.run
-    lines = _package_lines(report.package)
+    run, results = found["run"], found["results"]
+    lines = _package_lines(found["package"])
     lines += _wrapped("run       ", f"{run['dtype']} on {run['device']}, {run['model']}, torch {run['torch']}")
-    if report.tested:
-        lines += _wrapped("tested    ", *report.tested)
-    else:
+    lines += _wrapped("tested    ", *found["tested"])
+    if not found["tested"]:
         lines += _wrapped("text      ", f"{run['max_len']:,} bytes of {run['text']}")
-    lines += [*_wrapped("note      ", *report.notes), ""]
+    lines += [*_wrapped("note      ", *found["notes"]), ""]
 
-    name_width = max((len(result.name) for result in report.results), default=0)
-    lines.append(f"{'property':<{name_width}}  deviation  tolerance  verdict  lengths")
-    for result in report.results:
-        row = f"{result.name:<{name_width}}  {_number(result.deviation):>9}  {_number(result.tolerance):>9}  "
-        row = f"{row}{'pass' if result.passed else 'FAIL':<7}  "
-        first, *rest = textwrap.wrap(result.detail, WIDTH - len(row)) or [""]
+    width = max((len(result["name"]) for result in results), default=0)
+    lines.append(f"{'property':<{width}}  deviation  tolerance  verdict  lengths")
+    for result in results:
+        row = f"{result['name']:<{width}}  {_number(result['deviation']):>9}  {_number(result['tolerance']):>9}  "
+        row += f"{'pass' if result['passed'] else 'FAIL':<7}  "
+        first, *rest = textwrap.wrap(result["detail"], WIDTH - len(row)) or [""]
         lines += [(row + first).rstrip(), *(" " * len(row) + more for more in rest)]
 
-    names_of: dict[str, list[str]] = {}
-    for prop in report.left_out:
-        names_of.setdefault(prop.reason, []).append(f"{prop.name} ({prop.needs})" if prop.needs else prop.name)
-    lines += _wrapped("left out  ", *(f"{'; '.join(names)}: {reason}" for reason, names in names_of.items()))
-    return "\n".join([*lines, "", *_wrapped("", *_explanations(report)), "", conclusion(report)])
+    names: dict[str, list[str]] = {}
+    for each in found["left_out"]:
+        names.setdefault(each["reason"], []).append(each["name"] + (f" ({each['needs']})" if each["needs"] else ""))
+    lines += _wrapped("left out  ", *(f"{'; '.join(names[reason])}: {reason}" for reason in names))
+    return "\n".join([*lines, "", *_wrapped("", *_explanations(found)), "", conclusion(found)])
 
 
 def _package_lines(package: Mapping[str, Any]) -> list[str]:
@@ -126,27 +124,27 @@ def _package_lines(package: Mapping[str, Any]) -> list[str]:
     return lines + _wrapped("UNPATCHED ", *package["unpatched"]) + _wrapped("MODIFIED  ", *package["modified"])
 
 
-def _explanations(report: Report) -> list[str]:
-    dtype = report.run["dtype"]
+def _explanations(found: Outcome) -> list[str]:
+    dtype, factor = found["run"]["dtype"], found["logit_factor"]
     reason = "with xPos other keys weigh most"
-    if report.logit_factor != 4:
+    if factor != 4:
         reason = "nothing is wider than float64 to compute the angles in"
     forced = f"the error that {dtype} forces on the same model with plain rotary, run the same way"
-    tolerance = f"Tolerance: {report.logit_factor:,.0f} times {forced}: two runs are compared, and {reason}."
+    tolerance = f"Tolerance: {factor:,.0f} times {forced}: two runs are compared, and {reason}."
     scores = f"Of scores: a bound from the unit roundoff of {dtype}, relative to the terms of a query's largest score."
-    return [tolerance] if report.tested else [tolerance, scores]
+    return [tolerance] if found["tested"] else [tolerance, scores]
 
 
-def conclusion(report: Report) -> str:
-    failed, total = sum(not result.passed for result in report.results), len(report.results)
-    outcome = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
+def conclusion(found: Outcome) -> str:
+    failed, total = sum(not result["passed"] for result in found["results"]), len(found["results"])
+    said = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
     if total == 0:
-        outcome = "no property could be measured: FAIL"
-    if report.package["unpatched"]:
-        outcome += ", and the package is UNPATCHED: this is not the fork"
-    elif report.package["modified"]:
-        outcome += ", but the package is MODIFIED"
-    return f"{outcome} ({report.run['seconds']:.0f} s)"
+        said = "no property could be measured: FAIL"
+    if found["package"]["unpatched"]:
+        said += ", and the package is UNPATCHED: this is not the fork"
+    elif found["package"]["modified"]:
+        said += ", but the package is MODIFIED"
+    return f"{said} ({found['run']['seconds']:.0f} s)"
 
 
 def _number(value: float | None) -> str:
@@ -166,11 +164,9 @@ def _wrapped(label: str, *messages: str) -> list[str]:
 # JSON
 
 
-def document(report: Report) -> str:
+def document(found: Outcome) -> str:
     """One JSON object. A deviation or tolerance that is no finite number is null, and `detail` says why."""
-    results = [{**asdict(result), "passed": result.passed} for result in report.results]
-    fields = {"format": 1, "passed": report.passed, **asdict(report), "results": results}
-    return json.dumps(_finite(fields), indent=2, allow_nan=False)
+    return json.dumps(_finite(found), indent=2, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -204,23 +200,26 @@ def _unwritable(path: str) -> UsageError:
     return UsageError(f"argument --plot: cannot write {path}; give a path that can be written")
 
 
-def plot(report: Report, path: str) -> None:
+def plot(found: Outcome, path: str) -> None:
     """Write the deviation of each property against length, and the tolerances, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in positions")
     axes.set_ylabel("largest deviation (dashed: tolerance)")
-    axes.set_title(f"{conclusion(report)}: {report.run['dtype']} on {report.run['device']}", fontsize=10)
-    values = [value for each in report.results for value in (each.tolerance or 0.0, *each.worst.values())]
-    finite = [value for value in values if 0 < value < math.inf] or [1.0]
+    axes.set_title(f"{conclusion(found)}: {found['run']['dtype']} on {found['run']['device']}", fontsize=10)
+    shown = [result for result in found["results"] if result["points"]]
+    values = [value for each in shown for value in (each["tolerance"], *(p["deviation"] for p in each["points"]))]
+    finite = [value for value in values if value and value < math.inf] or [1.0]
     floor, ceiling = min(finite) / 10, max(finite) * 10
-    for result in (result for result in report.results if result.worst):
-        lengths, shown = [*result.worst], [max(floor, min(value, ceiling)) for value in result.worst.values()]
-        label, marker = (result.name, "o") if result.passed else (f"{result.name}: FAIL", "X")
-        (line,) = axes.plot(lengths, shown, marker=marker, markersize=4, label=label)
-        if result.tolerance:
-            axes.hlines(result.tolerance, lengths[0], lengths[-1], line.get_color(), "dashed", linewidth=1)
+    for result in shown:
+        by_length = sorted((point["length"], point["deviation"]) for point in result["points"])
+        # the last of a length is the largest
+        worst = {length: max(floor, min(deviation, ceiling)) for length, deviation in by_length}
+        label, marker = (result["name"], "o") if result["passed"] else (f"{result['name']}: FAIL", "X")
+        (line,) = axes.plot([*worst], [*worst.values()], marker=marker, markersize=4, label=label)
+        if result["tolerance"]:
+            axes.hlines(result["tolerance"], min(worst), max(worst), line.get_color(), "dashed", linewidth=1)
     axes.set_ylim(floor / 2, ceiling * 2)
     legend = {"title": "lowest: 0\nhighest: not finite", "title_fontsize": 8, "fontsize": 8}
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), **legend)

@@ -24,21 +24,30 @@ import torch
 from torch import Tensor
 
 from .limits import longest_window
-from .net import Inputs, Net, accepts, name_of
+from .net import Inputs, Net, UsageError, accepts, name_of
 
 MIN_LEN = 32
 ROWS = 3
 STEPS = 16
 
 
-def longest(net: Net) -> tuple[int, str]:
-    """The longest text that all properties can be run on, and what limits it."""
+def length_of(net: Net, asked: int | None, default: int) -> int:
+    """How long a text to read, if all properties can be run on it. Raises UsageError if they cannot."""
     rotary: Any = net.layers.rotary_pos_emb
-    fitting = net.longest(longest_window(net.dtype, rotary.scale_base))
-    if net.max_seq_len is not None and net.max_seq_len < fitting:
-        return net.max_seq_len, "its absolute position embedding has room for no more"
-    dtype, scale_base = name_of(net.dtype), rotary.scale_base
-    return fitting, f"more queries in one call leave the range of {dtype} at its scale base of {scale_base:g}"
+    largest, scale_base = net.longest(longest_window(net.dtype, rotary.scale_base)), f"{rotary.scale_base:g}"
+    reason = f"more queries in one call leave the range of {name_of(net.dtype)} at its scale base of {scale_base}"
+    if net.max_seq_len is not None and net.max_seq_len < largest:
+        largest, reason = net.max_seq_len, "its absolute position embedding has room for no more"
+    if largest < MIN_LEN:
+        raise UsageError(
+            f"argument --model: it can read {largest} positions in one call, and {MIN_LEN} are needed: {reason}"
+        )
+    length = min(default, largest) if asked is None else asked
+    if length < MIN_LEN:
+        raise UsageError(f"argument --max-len: {length} is too small; give {MIN_LEN} or more")
+    if length > largest:
+        raise UsageError(f"argument --max-len: {length} is too large, as {reason}; give {largest} or fewer")
+    return length
 
 
 class Subject:
