@@ -190,7 +190,7 @@ def _every_third(lengths: tuple[int, ...], longest: int) -> list[int]:
 
 def scores_of_all_queries(subject: Ours) -> Iterator[Point]:
     """The scores of a call for the whole text, in each layer and head, are those of the paper's formula."""
-    net = subject.variant(flash=False).net
+    net = subject.net
     for length in _every_third(subject.lengths, subject.max_len):
         rows = _some_rows(length, net)
         with ours.observe(net, rows) as layers:
@@ -206,7 +206,7 @@ def _some_rows(length: int, net: Net) -> Tensor:
 
 def scores_on_long_cache(subject: Ours) -> Iterator[Point]:
     """The scores of one query on a long cache of random keys are those of the paper's formula."""
-    net = subject.variant(flash=False, depth=1).net
+    net = subject.net
     for length in CACHE_LENGTHS:
         tokens = torch.zeros(1, length + 1, dtype=torch.long, device=net.device)
         with ours.observe(net, _some_rows(1, net)) as layers:
@@ -217,7 +217,7 @@ def scores_on_long_cache(subject: Ours) -> Iterator[Point]:
 
 def scores_across_shards(subject: Ours) -> Iterator[Point]:
     """Queries of one shard of a sequence score with the keys of another, rotated there, as the formula says."""
-    net = subject.variant(flash=False, depth=1).net
+    net = subject.net
     for length in _every_third(subject.lengths, subject.max_len - 1):
         pos, cut = torch.arange(length, device=net.device), length // 2
         rows, window = _some_rows(length - cut, net), {"rotary_window": (0, length)}
@@ -309,22 +309,22 @@ class Property:
     variant: Callable[[], dict[str, Any]] | None = None
 
 
-_ours = partial(Property, variant=dict)
-_of_calls, _of_decoding, _no_cache = attrgetter("of_calls"), attrgetter("of_decoding"), attrgetter("no_cache")
-_decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
-_of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
-_only_new = "input_not_include_cache"
-
-
-def _on(key: str, name: str, measure: Any, needs: str | None = None, **options: Any) -> Property:
+def _on(key: str, name: str, measure: Any, tolerance: Any, needs: str | None = None, **options: Any) -> Property:
     """A property of our model with these options; those that are functions are called for theirs."""
 
     def variant() -> dict[str, Any]:
         return {option: value() if callable(value) else value for option, value in options.items()}
 
-    tolerance = _of_scores if measure is scores_of_all_queries else _of_calls
     return Property(key, name, measure, tolerance, needs, variant=variant)
 
+
+_of_calls, _of_decoding, _no_cache = attrgetter("of_calls"), attrgetter("of_decoding"), attrgetter("no_cache")
+_decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
+_of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
+_only_new, _added_kv = "input_not_include_cache", "self_attn_additional_kv"
+_with_context: dict[str, Any] = {"given": ours.context, "cross_attend": True}
+# scaled_dot_product_attention does not give out the scores
+_scores = partial(_on, measure=scores_of_all_queries, tolerance=_of_scores, flash=False)
 
 ALL = (
     Property("prefix", "prefix consistency", prefix_consistency, _of_calls),
@@ -335,17 +335,17 @@ ALL = (
     Property("mems", "segments with mems", segments_with_mems, attrgetter("of_segments"), lacked=_no_mems),
     Property("shift", "shift of positions", shift_invariance, _of_shift, "pos", _no_positions),
     Property("range", "up to the limit", up_to_the_limit, _of_range),
-    _ours("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
-    _ours("scores", "scores, all queries", scores_of_all_queries, _of_scores),
-    _ours("scores-cache", "scores, long cache", scores_on_long_cache, _of_long_cache),
-    _on("scores-bf16", "scores, cast to bfloat16", scores_of_all_queries, dtype=torch.bfloat16, length=_CAST_LEN),
-    _on("scores-f16", "scores, cast to float16", scores_of_all_queries, dtype=torch.float16, length=_CAST_LEN),
-    _ours("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos"),
-    _on("mem-kv", "memory keys", prefix_consistency, attn_num_mem_kv=4),
-    _on("mem-kv-norm", "memory keys, qk norm", prefix_consistency, attn_num_mem_kv=4, attn_qk_norm=True),
-    _on("added-kv", "additional keys", prefix_consistency, "self_attn_additional_kv", given=ours.additional_kv),
-    _on("context-pos", "context positions", context_positions, "context_pos", given=ours.context, cross_attend=True),
-    _ours("table", "table passed in", table_passed_in, _of_decoding),
-    _ours("refusals", "refusals", refusals, lambda _: 0.0),
+    _on("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
+    _scores("scores", "scores, all queries"),
+    _on("scores-cache", "scores, long cache", scores_on_long_cache, _of_long_cache, flash=False, depth=1),
+    _scores("scores-bf16", "scores, cast to bfloat16", dtype=torch.bfloat16, length=_CAST_LEN),
+    _scores("scores-f16", "scores, cast to float16", dtype=torch.float16, length=_CAST_LEN),
+    _on("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos", flash=False, depth=1),
+    _on("mem-kv", "memory keys", prefix_consistency, _of_calls, attn_num_mem_kv=4),
+    _on("mem-kv-norm", "memory keys, qk norm", prefix_consistency, _of_calls, attn_num_mem_kv=4, attn_qk_norm=True),
+    _on("added-kv", "additional keys", prefix_consistency, _of_calls, _added_kv, given=ours.additional_kv),
+    _on("context-pos", "context positions", context_positions, _of_calls, "context_pos", **_with_context),
+    _on("table", "table passed in", table_passed_in, _of_decoding),
+    _on("refusals", "refusals", refusals, lambda _: 0.0),
 )
 OF_ANY = tuple(prop for prop in ALL if prop.variant is None)
