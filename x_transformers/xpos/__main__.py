@@ -7,7 +7,6 @@ error, 130 if interrupted.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import sys
@@ -153,7 +152,7 @@ def run_check(options: argparse.Namespace) -> int:
                 reason = "with --model the texts are random token ids or hidden states; leave it out"
                 raise UsageError(f"argument --text: {reason}")
             built = theirs.build(options.model)
-            model, text = f"{options.model}, {theirs.kind_of(built)}", "random"
+            model, text = f"{options.model}, {type(built).__name__}", "random"
             for path, target in theirs.find(options.model, built).items():
                 net, note = theirs.open_net(options.model, target, dtype, device)
                 max_len = length_of(net, options.max_len, MAX_LEN_OF_MODEL)
@@ -164,14 +163,9 @@ def run_check(options: argparse.Namespace) -> int:
         if options.plot is not None:
             report.prepare_plot(options.plot)
 
-        total, numbers = sum(len(judge.plan(subject)[0]) for subject in subjects.values()), itertools.count(1)
-
-        def progress(name: str) -> None:
-            print(f"[{next(numbers)}/{total}] {name}", file=sys.stderr)
-
         for name, subject in subjects.items():
             prefix = f"{name}: " if len(subjects) > 1 else ""
-            of_subject, lacking = judge.check(subject, progress, prefix)
+            of_subject, lacking = judge.check(subject, partial(print, file=sys.stderr), prefix)
             results += of_subject
             left_out += lacking
             if not subject.positions_matter():

@@ -47,34 +47,26 @@ class LeftOut:
     needs: str | None = None
 
 
-def plan(subject: Subject, prefix: str = "") -> tuple[list[Property], list[LeftOut]]:
-    """The properties to measure, and those that the release has no argument for or the options make impossible."""
-    planned, left_out = [], []
-    for each in ALL if isinstance(subject, Ours) else OF_ANY:
-        prop = replace(each, key=prefix + each.key, name=prefix + each.name)
-        if prop.needs is not None and not accepts(prop.needs):
-            reason = "this release of x-transformers lacks the argument"
-            left_out.append(LeftOut(prop.key, prop.name, reason, prop.needs))
-        elif reason := prop.lacked(subject.net):
-            left_out.append(LeftOut(prop.key, prop.name, reason))
-        else:
-            planned.append(prop)
-    return planned, left_out
-
-
 @torch.no_grad()
 def check(
-    subject: Subject, progress: Callable[[str], None] = lambda _name: None, prefix: str = ""
+    subject: Subject, progress: Callable[[str], None] = lambda _line: None, prefix: str = ""
 ) -> tuple[tuple[Result, ...], tuple[LeftOut, ...]]:
     """Measure every property that the model can have; those that it cannot are named with the reason.
 
-    One that raises is a failed result with its error, and the rest still run. `progress` is told the name of each, and
-    `prefix` goes in front of it.
+    One that raises is a failed result with its error, and the rest still run. `progress` is given a line before each,
+    and `prefix` goes in front of their names.
     """
-    results = []
-    planned, left_out = plan(subject, prefix)
-    for prop in planned:
-        progress(prop.name)
+    planned, results, left_out = [], [], []
+    for each in ALL if isinstance(subject, Ours) else OF_ANY:
+        prop = replace(each, key=prefix + each.key, name=prefix + each.name)
+        needs = None if prop.needs is None or accepts(prop.needs) else prop.needs
+        reason = "this release of x-transformers lacks the argument" if needs else prop.lacked(subject.net)
+        if reason:
+            left_out.append(LeftOut(prop.key, prop.name, reason, needs))
+        else:
+            planned.append(prop)
+    for number, prop in enumerate(planned, 1):
+        progress(f"[{number}/{len(planned)}] {prop.name}")
         result = _judge(prop, subject)
         reason = "" if result.passed or isinstance(subject, Ours) else _reason_of_twin(prop, subject, result)
         if reason:

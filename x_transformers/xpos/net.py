@@ -121,9 +121,13 @@ class Net:
         """Why it cannot be run with a KV cache, empty if it can."""
         if not (getattr(self.module, "can_cache_kv", True) and getattr(self.layers, "can_cache_kv", True)):
             return "it cannot cache keys and values (memory tokens, recycling or attn_selective)"
-        if any(isinstance(part, ShiftTokens) for part in self.layers.modules()):
-            return "shift_tokens is wrong with a KV cache in upstream, for every kind of positions"
-        return ""
+        return self.shifts_tokens
+
+    @property
+    def shifts_tokens(self) -> str:
+        """Why neither a KV cache nor mems give what one call gives, empty if they can."""
+        reason = "shift_tokens is wrong with a KV cache or mems in upstream, for every kind of positions"
+        return reason if any(isinstance(part, ShiftTokens) for part in self.layers.modules()) else ""
 
     @property
     def has_absolute_positions(self) -> bool:

@@ -268,7 +268,7 @@ def refusals(subject: Subject) -> Iterator[Point]:
 
 
 def _no_mems(net: Net) -> str:
-    return "its max_mem_len is 0, so that it keeps no hidden states" if net.max_mem_len == 0 else ""
+    return "its max_mem_len is 0, so that it keeps no hidden states" if net.max_mem_len == 0 else net.shifts_tokens
 
 
 def _no_positions(net: Net) -> str:

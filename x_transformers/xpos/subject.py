@@ -10,7 +10,6 @@ Tolerances follow from the dtype, in the way the flash-attention authors judge t
   unit roundoffs, unless attention is not flash: its softmax works in float32 whatever the model's dtype. And it has no
   wider type to compute its angles in, which makes the one rounding more as large as `angle_error`.
 - Scores: `score_tolerance`, from the unit roundoff alone.
-- A shift of all positions changes rounding alone: the tolerance of outputs.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def build(spec: str) -> nn.Module:
         raise _error(spec, f"{doing} failed: {_reason(error)}") from error
     if not isinstance(model, nn.Module):
         way_out = "return the TransformerWrapper, the Decoder or a module that holds one"
-        raise _error(spec, f"it returned {kind_of(model)}; {way_out}")
+        raise _error(spec, f"it returned a {type(model).__name__}; {way_out}")
     return model
 
 
@@ -80,12 +80,6 @@ def _reason(error: BaseException) -> str:
         if path.suffix == ".py" and "site-packages" not in path.parts and _PACKAGE not in path.parents:
             return f"{reason} ({path.name}, line {frame.lineno})"
     return reason
-
-
-def kind_of(value: Any) -> str:
-    """The name of its class, with an article."""
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 # finding xPos in it
