@@ -45,9 +45,9 @@ def net(wrapper=None, **layers):
 
 def layers(): return Decoder(**SIZE)
 def plain(): return net()
-def memory_keys(): return net(attn_num_mem_kv=3)
+def memory_keys(): return net(attn_num_mem_kv=3, attn_flash=True)
 def normed(): return net(attn_num_mem_kv=3, attn_qk_norm=True)
-def twice(): one = memory_keys(); return nn.ModuleList([one, one])
+def twice(): one = net(attn_num_mem_kv=3); return nn.ModuleList([one, one])
 def with_argument(size): return net()
 not_a_function = 7
 class Builder: build = staticmethod(net)
@@ -426,6 +426,11 @@ def test_what_cannot_be_converted_is_refused_in_one_line(
     message = tool.refusal(*words(**arguments))
     assert [words for words in expected if words not in message] == [], message
     assert files() == before
+
+
+def test_on_upstreams_release_there_is_nothing_to_convert(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream.RotaryEmbedding, "forward", lambda self, t, offset=0: None)
+    assert "install the fork" in tool.refusal(*words())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from x_transformers import Attention, TransformerWrapper
-from x_transformers.x_transformers import AttentionLayers, ShiftTokens, rotate_half
+from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, ShiftTokens, rotate_half
 
 from . import formula
 
@@ -29,6 +29,11 @@ class UsageError(ValueError):
 
 
 # the release of upstream
+
+
+def is_patched() -> bool:
+    """Whether `RotaryEmbedding.forward` knows the window of the queries, as upstream's does not."""
+    return "seq_len" in inspect.signature(RotaryEmbedding.forward).parameters
 
 
 def accepts(argument: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import x_transformers
-from x_transformers.x_transformers import RotaryEmbedding
 
 from . import provenance
 from .judge import LeftOut, Result
-from .net import UsageError
+from .net import UsageError, is_patched
 
 WIDTH = 100
 
@@ -44,7 +42,7 @@ def package() -> dict[str, Any]:
         modified += [f"not as they were built: {', '.join(files)}"] if files else []
     except provenance.FormatError as error:
         modified.append(str(error))
-    if "seq_len" not in inspect.signature(RotaryEmbedding.forward).parameters:
+    if not is_patched():
         unpatched.append("RotaryEmbedding.forward takes no seq_len")
     return {
         "path": str(path),
