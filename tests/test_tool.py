@@ -110,10 +110,11 @@ ENCODER_DECODER = """dict(dim=32, dec_rotary_xpos=True, **{f"{part}_{name}": val
         ("net(attn_num_mem_kv=3)", "TransformerWrapper", NO_SHIFT | NO_MEMS),
         ("Decoder(**SIZE, shift_tokens=1)", "Decoder", NO_CACHE | NO_MEMS),
         ("net(alibi_pos_bias=True)", "TransformerWrapper", NO_CACHE | NO_MEMS),
+        ("net(attn_sparse_topk=8)", "TransformerWrapper", {"prefix"} | NO_CACHE | NO_MEMS),
         # half: a copy in float64 that shared anything with it could not be called
         ("net(dict(tie_embedding=True)).half()", "TransformerWrapper", NO_MEMS),
         ("net(dict(recycling=True))", "the Decoder in it, on hidden states, as the TransformerWrapper cannot", set()),
-        ("net(dict(average_pool_embed=True))", "cannot be: it gives (2, 50) for 2 texts of 7", set()),
+        ("net(dict(average_pool_embed=True))", "cannot be: it gives (2, 50) for 2 texts of 32", set()),
         ("net(use_adaptive_layernorm=True, dim_condition=6)", "TransformerWrapper", NO_MEMS),
     ],
 )

@@ -12,7 +12,7 @@ It works on an unpatched x_transformers too, and says what is wrong with it. Imp
               subject               a model, its texts, the ways to run it, and how far its answers may be apart
                 net                 one way to call a model, ours or the user's, and its twin with plain rotary
                   formula           the score of the paper, in float64
-      theirs                        the user's model, built and searched for xPos      (net)
+      theirs                        the user's model, built and searched for xPos      (subject)
       chunks                        a long sequence, taken in chunks through the KV cache        (net)
       limits                        how many queries fit into one call
       migrate                       a checkpoint of upstream's, converted and proven   (subject, theirs)

@@ -18,9 +18,10 @@ import x_transformers
 from x_transformers import ContinuousTransformerWrapper, TransformerWrapper
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
 
+from .limits import longest_window
 from .net import Net, UsageError, first_attention
+from .subject import MIN_LEN
 
-_PROBE_LEN = 7
 _PACKAGE = Path(x_transformers.__file__).parent
 
 
@@ -149,7 +150,9 @@ def open_net(
                 raise UsageError("its parameters are on the meta device, and have no values")
             if not net.dtype.is_floating_point:
                 raise UsageError(f"its queries are projected in {net.dtype}, not in floating point")
-            net(net.inputs(2, min(_PROBE_LEN, net.max_seq_len or _PROBE_LEN)))
+            # as long as a check needs, as far as it can be: some options need a number of keys
+            room = net.longest(longest_window(net.dtype, net.layers.rotary_pos_emb.scale_base))
+            net(net.inputs(2, max(1, min(MIN_LEN, room, net.max_seq_len or MIN_LEN))))
             return net, note
         except Exception as error:
             said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
