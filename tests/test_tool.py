@@ -110,7 +110,7 @@ ENCODER_DECODER = """dict(dim=32, dec_rotary_xpos=True, **{f"{part}_{name}": val
         ("net(attn_num_mem_kv=3)", "TransformerWrapper", NO_SHIFT | NO_MEMS),
         ("Decoder(**SIZE, shift_tokens=1)", "Decoder", NO_CACHE | NO_MEMS),
         ("net(alibi_pos_bias=True)", "TransformerWrapper", NO_CACHE | NO_MEMS),
-        ("net(attn_sparse_topk=8)", "TransformerWrapper", {"prefix"} | NO_CACHE | NO_MEMS),
+        ("net(attn_sparse_topk=8)", "TransformerWrapper", {*KEYS} - {"range"}),
         # half: a copy in float64 that shared anything with it could not be called
         ("net(dict(tie_embedding=True)).half()", "TransformerWrapper", NO_MEMS),
         ("net(dict(recycling=True))", "the Decoder in it, on hidden states, as the TransformerWrapper cannot", set()),
