@@ -5,20 +5,18 @@
 It works on an unpatched x_transformers too, and says what is wrong with it. Imports go down alone:
 
     __main__                        the command line
-      report                        the outcome of a check as text, JSON and a plot
+      report                        the package, and the outcome of its check, as text, JSON and a plot
         judge                       the verdict on every property of a model
           properties                what must hold, stated once for every model
             ours                    the check's own models, their text, and their attention observed
-              subject               a model, its texts, and how far its answers may be apart
-                runs                ways to run a model that must give the same
-                  net               one way to call a model, ours or the user's, and its twin with plain rotary
-                    formula         the score of the paper, in float64
-      theirs                        the user's model, built and searched for xPos      (net)
+              subject               a model, its texts, the ways to run it, and how far its answers may be apart
+                net                 one way to call a model, ours or the user's, and its twin with plain rotary
+                  formula           the score of the paper, in float64
+      theirs                        the user's model, built and searched for xPos      (subject)
       chunks                        a long sequence, taken in chunks through the KV cache        (net)
-      limits                        how many queries fit into one call                 (formula)
-      migration                     a checkpoint of upstream's, converted and proven   (subject, theirs)
-        checkpoint, migrate         files of weights; the factor of the memory keys
-      package, provenance           which package this is, and whether it is as it was built
+      limits                        how many queries fit into one call
+      migrate                       a checkpoint of upstream's, converted and proven   (subject, theirs)
+      provenance                    what the package was made from, and whether it is as it was built
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 for a query at position m and a key at position n (Sun et al., "A Length-Extrapolatable Transformer",
 arXiv:2212.10554, section 2 and algorithm 1). The first `rotary_dim` dims of a head are complex numbers in pairs
-(2d, 2d + 1), the dims j after them are not rotated. θ_d = base ** (-2d / rotary_dim), S = `scale_base` and
+(2d, 2d + 1), the dims j after them are not rotated. θ_d = 10,000 ** (-2d / rotary_dim), S = 512 and
 ζ_d = (2d / rotary_dim + 0.4) / 1.4, the paper's gamma being 0.4. Only m - n enters, so there is no center and nothing
 to overflow: the sums are written out, O(n²), and share no code with the package.
 """
@@ -18,32 +18,18 @@ GAMMA = 0.4
 BASE = 10_000.0
 SCALE_BASE = 512.0
 
-# Terms of the sum held at a time, 16 bytes each.
-_CHUNK_TERMS = 2**22
-
 
 def decays(rotary_dim: int) -> Tensor:
     """ζ of each pair, float64, shape `(rotary_dim / 2,)`: the smallest, of the first pair, is 2 / 7."""
-    ratio = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    return (ratio + GAMMA) / (1 + GAMMA)
+    return (torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim + GAMMA) / (1 + GAMMA)
 
 
-def angles(rotary_dim: int, base: float = BASE) -> Tensor:
+def angles(rotary_dim: int) -> Tensor:
     """θ of each pair in radians per position, float64, shape `(rotary_dim / 2,)`."""
-    ratio = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    return base**-ratio
+    return BASE ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
 
 
-def scores(
-    q: Tensor,
-    k: Tensor,
-    query_pos: Tensor,
-    key_pos: Tensor,
-    *,
-    rotary_dim: int,
-    scale_base: float = SCALE_BASE,
-    base: float = BASE,
-) -> tuple[Tensor, Tensor]:
+def scores(q: Tensor, k: Tensor, query_pos: Tensor, key_pos: Tensor, *, rotary_dim: int) -> tuple[Tensor, Tensor]:
     """Scores of unrotated queries and keys, and the size of the terms that add up to each.
 
     `q` is `(heads, i, dim_head)`, `k` `(heads, j, dim_head)`, of any dtype and device; `query_pos` is `(i,)`,
@@ -51,29 +37,23 @@ def scores(
     argument, and the same sums over absolute values, which bound what a rounding of q or k can do to a score. Keys
     after their query (n > m) are not attended to and hold 0 in both.
     """
-    dim_head = q.shape[-1]
-    q, k = q.detach().cpu().double(), k.detach().cpu().double()
-    query_pos, key_pos = query_pos.cpu(), key_pos.cpu()
+    q, k, query_pos, key_pos = q.detach().cpu().double(), k.detach().cpu().double(), query_pos.cpu(), key_pos.cpu()
     q_pairs, q_plain = _pairs(q[..., :rotary_dim]), q[..., rotary_dim:]
     k_pairs, k_plain = _pairs(k[..., :rotary_dim]), k[..., rotary_dim:]
-    log_decay, angle = decays(rotary_dim).log(), angles(rotary_dim, base)
+    log_decay, angle = decays(rotary_dim).log() / SCALE_BASE, angles(rotary_dim)
 
-    heads, i, pairs = q_pairs.shape
-    chunk = max(1, _CHUNK_TERMS // max(1, heads * i * pairs))
     found_scores, found_sizes = [], []
-    for start in range(0, k.shape[-2], chunk):
-        keys = slice(start, start + chunk)
-        distance = query_pos[:, None] - key_pos[None, keys]
-        attended = distance >= 0
-        power = distance.clamp(min=0).double()[..., None]
-        weight = torch.polar((power / scale_base * log_decay).exp(), power * angle)
-        terms = q_pairs[:, :, None] * k_pairs[:, None, keys].conj() * weight
-        score = terms.real.sum(dim=-1) + q_plain @ k_plain[:, keys].mT
-        size = terms.abs().sum(dim=-1) + q_plain.abs() @ k_plain[:, keys].abs().mT
-        found_scores.append(torch.where(attended, score, 0.0))
-        found_sizes.append(torch.where(attended, size, 0.0))
-    scale = dim_head**-0.5
-    return torch.cat(found_scores, dim=-1) * scale, torch.cat(found_sizes, dim=-1) * scale
+    # a query at a time, as the terms of all may need gigabytes
+    for of_query, plain, pos in zip(q_pairs.unbind(1), q_plain.unbind(1), query_pos):
+        distance = pos - key_pos
+        power = distance.clamp(min=0).double()[:, None]
+        terms = of_query[:, None] * k_pairs.conj() * torch.polar((power * log_decay).exp(), power * angle)
+        score = terms.real.sum(dim=-1) + (k_plain @ plain[..., None])[..., 0]
+        size = terms.abs().sum(dim=-1) + (k_plain.abs() @ plain.abs()[..., None])[..., 0]
+        found_scores.append(torch.where(distance >= 0, score, 0.0))
+        found_sizes.append(torch.where(distance >= 0, size, 0.0))
+    scale = q.shape[-1] ** -0.5
+    return torch.stack(found_scores, dim=1) * scale, torch.stack(found_sizes, dim=1) * scale
 
 
 def _pairs(t: Tensor) -> Tensor:

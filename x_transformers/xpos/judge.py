@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .net import accepts
 from .ours import Ours
-from .properties import OF_ANY, OF_OURS, Point, Property
+from .properties import ALL, OF_ANY, Point, Property
 from .subject import Subject
 
 
@@ -36,10 +36,6 @@ class Result:
     def passed(self) -> bool:
         return self.deviation is not None and self.tolerance is not None and self.deviation <= self.tolerance
 
-    @property
-    def verdict(self) -> str:
-        return "pass" if self.passed else "FAIL"
-
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -51,32 +47,26 @@ class LeftOut:
     needs: str | None = None
 
 
-def plan(subject: Subject) -> tuple[list[Property], list[LeftOut]]:
-    """The properties to measure, and those that the release has no argument for or the options make impossible."""
-    planned, left_out = [], []
-    for prop in (*OF_ANY, *(OF_OURS if isinstance(subject, Ours) else ())):
-        if prop.needs is not None and not accepts(prop.needs):
-            reason = "this release of x-transformers lacks the argument"
-            left_out.append(LeftOut(prop.key, prop.name, reason, prop.needs))
-        elif reason := prop.lacked(subject.net):
-            left_out.append(LeftOut(prop.key, prop.name, reason))
-        else:
-            planned.append(prop)
-    return planned, left_out
-
-
 @torch.no_grad()
 def check(
-    subject: Subject, progress: Callable[[str], None] = lambda _name: None
+    subject: Subject, progress: Callable[[str], None] = lambda _line: None, prefix: str = ""
 ) -> tuple[tuple[Result, ...], tuple[LeftOut, ...]]:
     """Measure every property that the model can have; those that it cannot are named with the reason.
 
-    One that raises is a failed result with its error, and the rest still run. `progress` is told the name of each.
+    One that raises is a failed result with its error, and the rest still run. `progress` is given a line before each,
+    and `prefix` goes in front of their names.
     """
-    results = []
-    planned, left_out = plan(subject)
-    for prop in planned:
-        progress(prop.name)
+    planned, results, left_out = [], [], []
+    for each in ALL if isinstance(subject, Ours) else OF_ANY:
+        prop = replace(each, key=prefix + each.key, name=prefix + each.name)
+        needs = None if prop.needs is None or accepts(prop.needs) else prop.needs
+        reason = "this release of x-transformers lacks the argument" if needs else prop.lacked(subject.net)
+        if reason:
+            left_out.append(LeftOut(prop.key, prop.name, reason, needs))
+        else:
+            planned.append(prop)
+    for number, prop in enumerate(planned, 1):
+        progress(f"[{number}/{len(planned)}] {prop.name}")
         result = _judge(prop, subject)
         reason = "" if result.passed or isinstance(subject, Ours) else _reason_of_twin(prop, subject, result)
         if reason:
@@ -89,16 +79,20 @@ def check(
 def _judge(prop: Property, subject: Subject, tolerance: float | None = None) -> Result:
     """The verdict on what is measured; what that raises is a failure with the error."""
     points: list[Point] = []
-    error = None
     try:
-        if prop.variant is not None and isinstance(subject, Ours):
-            subject = subject.variant(**prop.variant())
+        options = prop.variant() if prop.variant is not None else {}
+        subject = subject.variant(**options) if options and isinstance(subject, Ours) else subject
         tolerance = prop.tolerance(subject) if tolerance is None else tolerance
         points += prop.measure(subject)
     except Exception as raised:  # whatever a broken package raises is what there is to report
         error = " ".join(f"{type(raised).__name__}: {raised}".split())
-    worst = None if error else max(point.deviation for point in points)
-    return Result(prop.key, prop.name, worst, tolerance, error or _detail(points), tuple(points), error)
+        return Result(prop.key, prop.name, None, tolerance, error, tuple(points), error)
+    worst = max(points, key=lambda point: point.deviation)
+    detail = f"{min(point.length for point in points):,} to {max(point.length for point in points):,}"
+    if worst.deviation > 0:
+        kind = "worst" if math.isfinite(worst.deviation) else "not finite"
+        detail += f"; {kind} at {worst.length:,}" + (f", {worst.note}" if worst.note else "")
+    return Result(prop.key, prop.name, worst.deviation, tolerance, detail, tuple(points))
 
 
 def _reason_of_twin(prop: Property, subject: Subject, result: Result) -> str:
@@ -111,13 +105,3 @@ def _reason_of_twin(prop: Property, subject: Subject, result: Result) -> str:
             return ""
         found = of_twin.error or f"{of_twin.deviation:.1e} apart, {of_twin.detail}"
     return f"upstream does not have it with plain rotary and these options either: {found}"
-
-
-def _detail(points: list[Point]) -> str:
-    lengths = [point.length for point in points]
-    covered = f"{min(lengths):,} to {max(lengths):,}"
-    worst = max(points, key=lambda point: point.deviation)
-    if worst.deviation == 0:
-        return covered
-    kind = "worst" if math.isfinite(worst.deviation) else "not finite"
-    return f"{covered}; {kind} at {worst.length:,}" + (f", {worst.note}" if worst.note else "")

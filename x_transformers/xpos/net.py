@@ -7,14 +7,16 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from x_transformers import Attention, TransformerWrapper
-from x_transformers.x_transformers import AttentionLayers, rotate_half
+from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, ShiftTokens, rotate_half
 
 from . import formula
 
@@ -22,11 +24,16 @@ SEED = 0
 _CONTEXT_LEN = 24
 
 
-class ModelError(ValueError):
-    """A model that cannot be built or called, or that there is nothing to do for; the message names the way out."""
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message names the argument, the value, the limit and the way out."""
 
 
 # the release of upstream
+
+
+def is_patched() -> bool:
+    """Whether `RotaryEmbedding.forward` knows the window of the queries, as upstream's does not."""
+    return "seq_len" in inspect.signature(RotaryEmbedding.forward).parameters
 
 
 def accepts(argument: str) -> bool:
@@ -39,6 +46,10 @@ def rotates_neighbors() -> bool:
     return bool(rotate_half(torch.arange(4))[0] == -1)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 # what is passed
 
 
@@ -46,11 +57,10 @@ def rotates_neighbors() -> bool:
 class Inputs:
     """`main` is token ids `(b, n)` or hidden states `(b, n, d)`; the rest goes with it, by name.
 
-    `embed_ids` are `(b, n)` as well, `per_row` has a first dimension of b, and `constant` is the same for all.
+    `per_row` has a first dimension of b, and `constant` is the same for all.
     """
 
     main: Tensor
-    embed_ids: Mapping[str, Tensor] = field(default_factory=dict)
     per_row: Mapping[str, Tensor] = field(default_factory=dict)
     constant: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,36 +68,20 @@ class Inputs:
     def length(self) -> int:
         return self.main.shape[1]
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        embed_ids = {"embed_ids": dict(self.embed_ids)} if self.embed_ids else {}
-        return {**self.per_row, **self.constant, **embed_ids}
-
     def part(self, start: int | None, stop: int | None, rows: slice = slice(None)) -> Inputs:
         """The positions from `start` to `stop` of some rows."""
-        return Inputs(
-            self.main[rows, start:stop],
-            {name: ids[rows, start:stop] for name, ids in self.embed_ids.items()},
-            {name: value[rows] for name, value in self.per_row.items()},
-            self.constant,
-        )
+        per_row = {name: value[rows] for name, value in self.per_row.items()}
+        return Inputs(self.main[rows, start:stop], per_row, self.constant)
 
-    def to(self, device: torch.device, *dtypes: torch.dtype) -> Inputs:
-        """On a device and, what is of floating point, rounded to each dtype in turn."""
-        return Inputs(*(_move(each, device, *dtypes) for each in vars(self).values()))
+    def to(self, device: torch.device, dtype: torch.dtype) -> Inputs:
+        """On a device and, what is of floating point, in a dtype."""
 
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype if value.is_floating_point() else None)
 
-def _move(value: Any, device: torch.device, *dtypes: torch.dtype) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _move(item, device, *dtypes) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_move(item, device, *dtypes) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    value = value.to(device)
-    for dtype in dtypes if value.is_floating_point() else ():
-        value = value.to(dtype)
-    return value
+        return Inputs(*(tree_map(move, each) for each in (self.main, self.per_row, self.constant)))
 
 
 # the model
@@ -100,20 +94,14 @@ def first_attention(layers: nn.Module) -> Any:
 class Net:
     """A wrapper or a stack of layers that is called in one way, whichever it is.
 
-    It gives outputs `(b, n, d)`, one per position, and the intermediates. Raises ModelError if it gives others.
+    It gives outputs `(b, n, d)`, one per position, and the intermediates. Raises UsageError if it gives others.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.layers: Any = module if isinstance(module, AttentionLayers) else module.attn_layers
-
-    @property
-    def reads_tokens(self) -> bool:
-        return isinstance(self.module, TransformerWrapper)
-
-    @property
-    def is_wrapper(self) -> bool:
-        return self.module is not self.layers
+        self.is_wrapper = self.module is not self.layers
+        self.reads_tokens = isinstance(module, TransformerWrapper)
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +122,17 @@ class Net:
         return isinstance(self.layers.rotary_pos_emb, PlainRotary)
 
     @property
-    def can_cache(self) -> bool:
-        return bool(getattr(self.module, "can_cache_kv", True) and getattr(self.layers, "can_cache_kv", True))
+    def no_cache(self) -> str:
+        """Why it cannot be run with a KV cache, empty if it can."""
+        if not (getattr(self.module, "can_cache_kv", True) and getattr(self.layers, "can_cache_kv", True)):
+            return "it cannot cache keys and values (memory tokens, recycling or attn_selective)"
+        return self.shifts_tokens
+
+    @property
+    def shifts_tokens(self) -> str:
+        """Why neither a KV cache nor mems give what one call gives, empty if they can."""
+        reason = "shift_tokens is wrong with a KV cache or mems in upstream, for every kind of positions"
+        return reason if any(isinstance(part, ShiftTokens) for part in self.layers.modules()) else ""
 
     @property
     def has_absolute_positions(self) -> bool:
@@ -163,10 +160,7 @@ class Net:
 
     def longest(self, positions: int) -> int:
         """The longest text of which the layers see no more than `positions`."""
-        length = positions
-        while length > 0 and self.positions(length) > positions:
-            length -= 1
-        return length
+        return next((length for length in range(positions, 0, -1) if self.positions(length) <= positions), 0)
 
     def duplicate(self) -> Net:
         return Net(duplicate(self.module))
@@ -186,59 +180,35 @@ class Net:
     def inputs(self, batch: int, length: int) -> Inputs:
         """Random token ids, or unit-normal hidden states, and what else has to be passed with them."""
         generator = torch.Generator().manual_seed(SEED)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float32)
-
-        embed_ids: dict[str, Any] = {}
-        per_row: dict[str, Any] = {}
-        constant: dict[str, Any] = {}
+        normal = partial(torch.randn, generator=generator, dtype=torch.float32)
         if self.reads_tokens:
             main = torch.randint(int(self.module.num_tokens), (batch, length), generator=generator)
-            for name, embed in (getattr(self.module, "embeds", None) or {}).items():
-                kinds = embed.weight.shape[0]
-                embed_ids[name.removesuffix("_embed")] = torch.randint(kinds, (batch, length), generator=generator)
-            if getattr(self.module, "recycling", False):
-                constant["recycle_steps"] = 2
         else:
-            main = normal(batch, length, self._dim_in())
+            # a wrapper may project it to the width of the layers
+            projection = getattr(self.module, "project_in", None) or nn.Identity()
+            widths = [part.in_features for part in projection.modules() if isinstance(part, nn.Linear)]
+            main = normal((batch, length, widths[0] if widths else self.layers.dim))
+        per_row = {}
         if self.layers.cross_attend:
-            per_row["context"] = normal(batch, _CONTEXT_LEN, self._dim_context())
+            cross = next(layer[1] for kind, layer in zip(self.layers.layer_types, self.layers.layers) if kind == "c")
+            projection = getattr(cross, "to_latent_kv", None) or cross.to_k
+            per_row["context"] = normal((batch, _CONTEXT_LEN, getattr(projection, "in_features", self.layers.dim)))
         if getattr(self.layers, "need_condition", False):
-            per_row["condition"] = normal(batch, self.layers.dim_condition)
-        return Inputs(main, embed_ids, per_row, constant).to(self.device, self.dtype)
-
-    def _dim_in(self) -> int:
-        projection = getattr(self.module, "project_in", None)
-        linears = [part for part in projection.modules() if isinstance(part, nn.Linear)] if projection else []
-        return int(linears[0].in_features if linears else self.layers.dim)
-
-    def _dim_context(self) -> int:
-        attention = next(layer[1] for kind, layer in zip(self.layers.layer_types, self.layers.layers) if kind == "c")
-        projection = getattr(attention, "to_latent_kv", None) or attention.to_k
-        return int(getattr(projection, "in_features", self.layers.dim))
+            per_row["condition"] = normal((batch, self.layers.dim_condition))
+        return Inputs(main, per_row).to(self.device, self.dtype)
 
     def __call__(self, inputs: Inputs, **options: Any) -> tuple[Tensor, Any]:
         """Outputs, and the intermediates. `options` are further ones of the call."""
         returned = "return_intermediates" if self.is_wrapper else "return_hiddens"
         # for attention that draws at random
         torch.manual_seed(SEED)
-        out, intermediates = self.module(inputs.main, **{returned: True}, **inputs.arguments, **options)
+        passed = {**inputs.per_row, **inputs.constant, **options}
+        out, intermediates = self.module(inputs.main, **{returned: True}, **passed)
         new = options.get("cache_age", 1) if options.get("cache") is not None else inputs.length
-        return self._per_position(out, inputs.main.shape[0], new), intermediates
-
-    def _per_position(self, out: Any, batch: int, length: int) -> Tensor:
-        # several heads give a list, a mean and a variance are stacked in front
-        if isinstance(out, (list, tuple)):
-            return torch.cat([self._per_position(each, batch, length) for each in out], dim=-1)
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if shape == (batch, length):
-            return out[..., None]  # type: ignore[no-any-return]
-        if len(shape) == 4 and shape[1:3] == (batch, length):
-            return torch.cat(out.unbind(), dim=-1)
-        if len(shape) != 3 or shape[:2] != (batch, length):
-            raise ModelError(f"it gives {shape} for {batch} texts of {length}, not one output per position")
-        return out  # type: ignore[no-any-return]
+        if len(shape) != 3 or shape[:2] != (len(inputs.main), new):
+            raise UsageError(f"it gives {shape} for {len(inputs.main)} texts of {new}, not one output per position")
+        return out, intermediates
 
 
 class PlainRotary(nn.Module):
@@ -266,9 +236,6 @@ class PlainRotary(nn.Module):
         return angle, torch.ones_like(angle)
 
 
-# copies of it
-
-
 def duplicate(module: nn.Module) -> nn.Module:
     """A deep copy in eval mode, without gradients, that shares nothing with `module`.
 
@@ -280,20 +247,9 @@ def duplicate(module: nn.Module) -> nn.Module:
     for part in copied.modules():
         for name, value in list(vars(part).items()):
             if isinstance(value, FunctionType) and value.__closure__:
-                setattr(part, name, _rebound(value, memo))
+                found = [cell.cell_contents for cell in value.__closure__]
+                cells = tuple(CellType(memo.get(id(each), each)) for each in found)
+                bound = FunctionType(value.__code__, value.__globals__, name, value.__defaults__, cells)
+                bound.__kwdefaults__ = value.__kwdefaults__
+                setattr(part, name, bound)
     return copied.eval().requires_grad_(False)
-
-
-def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            of_copy = memo.get(id(cell.cell_contents))
-        except ValueError:  # not filled yet
-            of_copy = None
-        cells.append(cell if of_copy is None else CellType(of_copy))
-    bound = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    return bound

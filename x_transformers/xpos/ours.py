@@ -6,11 +6,11 @@ is made random, and queries and keys are large enough that attention is far from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import LayerIntermediates
 
 from . import formula
-from .net import SEED, Inputs, Net, rotates_neighbors
+from .net import SEED, Inputs, Net, UsageError, rotates_neighbors
 from .subject import ROWS, Subject
 
 DIM = 128
@@ -41,30 +41,21 @@ _NUM_KEYS = 4
 _CONTEXT_LEN = 48
 
 
-class TextError(ValueError):
-    """A text that cannot be read or is too short; the message names the argument and the way out."""
-
-
 def read_text(path: str | None, max_len: int) -> Tensor:
-    """The first `max_len` bytes of the file, or of the topics of Python's own help where `path` is None.
-
-    Raises TextError if there are fewer, or none that can be read.
-    """
+    """The first `max_len` bytes of the file, or of the topics of Python's own help. Raises UsageError without them."""
     try:
-        if path is not None:
+        if path is None:
+            topics = importlib.import_module(TEXT).topics
+            content = "\n".join(topics[name] for name in sorted(topics)).encode()
+        else:
             with Path(path).open("rb") as file:
                 content = file.read(max_len)
-        else:
-            from pydoc_data.topics import topics
-
-            content = "\n".join(topics[name] for name in sorted(topics)).encode()
     except OSError as error:
-        raise TextError(f"argument --text: cannot read {path}: {error.strerror}; give a readable file") from None
+        raise UsageError(f"argument --text: cannot read {path}: {error.strerror}; give a readable file") from None
     except ImportError:
-        reason = f"this Python comes without {TEXT}, the default"
-        raise TextError(f"argument --text: {reason}; give a text with --text FILE") from None
+        raise UsageError(f"argument --text: this Python lacks {TEXT}, the default; give --text FILE") from None
     if len(content) < max_len:
-        raise TextError(
+        raise UsageError(
             f"argument --max-len: {max_len} is more than the {len(content)} bytes of {path or TEXT}; "
             "give a longer text with --text FILE or a smaller --max-len"
         )
@@ -78,24 +69,15 @@ class Ours(Subject):
     """
 
     def __init__(
-        self,
-        text: Tensor,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        given: Mapping[str, Any] = MappingProxyType({}),
-        **options: Any,
+        self, text: Tensor, device: Any = "cpu", dtype: torch.dtype = torch.float32, given: Any = None, **options: Any
     ) -> None:
         self.main = torch.stack([text.roll(-row * len(text) // ROWS) for row in range(ROWS)])
         net = Net(build(**options).module.to(device, dtype))
-        super().__init__(net, Inputs(self.main, **given).to(net.device, dtype))
+        super().__init__(net, Inputs(self.main, **(given or {})).to(net.device, dtype))
 
     def variant(self, length: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Ours:
         """The same with further options, another dtype or less text."""
         return Ours(self.main[0, :length], self.net.device, dtype or self.net.dtype, **options)
-
-    def inputs_with(self, **given: Any) -> Inputs:
-        """The text with something else passed beside it."""
-        return Inputs(self.main[:1], **given).part(None, None, slice(0, 1)).to(self.net.device, self.net.dtype)
 
 
 def additional_kv() -> dict[str, Any]:
@@ -106,12 +88,9 @@ def additional_kv() -> dict[str, Any]:
 
 def context(padding: int = 0) -> dict[str, Any]:
     """A context with positions, of which the last `padding` are masked."""
-    length = _CONTEXT_LEN + padding
-    values, mask = normal(length, DIM).expand(ROWS, -1, -1), torch.arange(length).expand(ROWS, -1) < _CONTEXT_LEN
-    return {
-        "per_row": {"context": values, "context_mask": mask},
-        "constant": {"context_pos": torch.arange(length)},
-    }
+    pos = torch.arange(_CONTEXT_LEN + padding)
+    values, mask = normal(len(pos), DIM).expand(ROWS, -1, -1), pos.expand(ROWS, -1) < _CONTEXT_LEN
+    return {"per_row": {"context": values, "context_mask": mask}, "constant": {"context_pos": pos}}
 
 
 def build(*, flash: bool = True, depth: int = DEPTH, **options: Any) -> Net:
@@ -122,23 +101,11 @@ def build(*, flash: bool = True, depth: int = DEPTH, **options: Any) -> Net:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        net: nn.Module = TransformerWrapper(
-            num_tokens=NUM_TOKENS,
-            # neither limits anything
-            max_seq_len=_ANY,
-            max_mem_len=_ANY,
-            use_abs_pos_emb=False,
-            attn_layers=Decoder(
-                dim=DIM,
-                depth=depth,
-                heads=HEADS,
-                attn_dim_head=DIM_HEAD,
-                attn_flash=flash,
-                rotary_xpos=True,
-                rotary_emb_dim=ROTARY_DIM,
-                **options,
-            ),
-        )
+        sizes = {"dim": DIM, "depth": depth, "heads": HEADS, "attn_dim_head": DIM_HEAD, "rotary_emb_dim": ROTARY_DIM}
+        layers = Decoder(**sizes, attn_flash=flash, rotary_xpos=True, **options)
+        # neither limits anything
+        unlimited = {"max_seq_len": _ANY, "max_mem_len": _ANY, "use_abs_pos_emb": False}
+        net = TransformerWrapper(num_tokens=NUM_TOKENS, **unlimited, attn_layers=layers)
         _randomise(net)
     return Net(net.eval())
 
@@ -149,11 +116,10 @@ def _randomise(net: nn.Module) -> None:
         if bool(((parameter == 0) | (parameter == 1)).all()):
             parameter.add_(torch.randn_like(parameter) * 0.2)
     for attention in (module for module in net.modules() if isinstance(module, Attention)):
-        for projection, std in ((attention.to_q, _QUERY_KEY_STD), (attention.to_k, _QUERY_KEY_STD)):
+        # values as large as the embedding or larger, else the residual stream drowns what attention gives
+        for name, std in (("to_q", _QUERY_KEY_STD), ("to_k", _QUERY_KEY_STD), ("to_v", 1), ("to_out", 1)):
+            projection = getattr(attention, name)
             projection.weight.normal_(std=std * projection.in_features**-0.5)
-        # as large as the embedding or larger, else the residual stream drowns what attention gives
-        for projection in (attention.to_v, attention.to_out):
-            projection.weight.normal_(std=projection.in_features**-0.5)
 
 
 def normal(*shape: int) -> Tensor:
@@ -174,13 +140,13 @@ def random_cache(length: int, net: Net) -> LayerIntermediates:
 class Observed:
     """What one layer computed: queries before and after rotation `(heads, i, dim_head)`, scores `(heads, i, j)`.
 
-    `keys` and `rotated_keys` `(heads, j, dim_head)` are those that the queries met.
+    `rotated_keys` `(heads, j, dim_head)` are those that the queries met.
     """
 
-    queries: Tensor = field(default_factory=lambda: torch.empty(0))
-    rotated_queries: Tensor = field(default_factory=lambda: torch.empty(0))
-    rotated_keys: Tensor = field(default_factory=lambda: torch.empty(0))
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    queries: Tensor
+    rotated_queries: Tensor
+    rotated_keys: Tensor
+    scores: Tensor
 
     def score_error(self, keys: Tensor, query_pos: Tensor, key_pos: Tensor) -> float:
         """How far the scores are from the formula, relative to the largest sum of terms' sizes of each query.
@@ -211,22 +177,19 @@ def observe(net: Net, rows: Tensor) -> Iterator[list[Observed]]:
     causal mask. All other rows are let go of at once: `n * n` scores per layer would be what the memory is spent on.
     """
     seen: list[Observed] = []
-    handles = []
-    for attention in (module for module in net.module.modules() if isinstance(module, Attention)):
-        layer = Observed()
-        seen.append(layer)
+    queries: list[Tensor] = []
 
-        def note_queries(_module: nn.Module, _args: object, q: Tensor, layer: Observed = layer) -> None:
-            layer.queries = q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1)
+    def note_queries(_module: nn.Module, _args: object, q: Tensor) -> None:
+        queries.append(q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1))
 
-        def note_scores(_module: nn.Module, args: Any, output: Any, layer: Observed = layer) -> None:
-            found = output[1]
-            layer.rotated_queries, layer.rotated_keys = args[0][0, :, rows], args[1][0]
-            layer.scores = found.qk_similarities[0, :, rows]
-            found.qk_similarities = found.pre_softmax_attn = found.post_softmax_attn = None
+    def note_scores(_module: nn.Module, args: Any, output: Any) -> None:
+        found = output[1]
+        seen.append(Observed(queries.pop(), args[0][0, :, rows], args[1][0], found.qk_similarities[0, :, rows]))
+        found.qk_similarities = found.pre_softmax_attn = found.post_softmax_attn = None
 
-        handles.append(attention.to_q.register_forward_hook(note_queries))
-        handles.append(attention.attend.register_forward_hook(note_scores))
+    layers = [module for module in net.module.modules() if isinstance(module, Attention)]
+    handles = [attention.to_q.register_forward_hook(note_queries) for attention in layers]
+    handles += [attention.attend.register_forward_hook(note_scores) for attention in layers]
     try:
         yield seen
     finally:

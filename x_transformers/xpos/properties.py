@@ -2,7 +2,7 @@
 
 A property is a generator that yields a `Point` per length: how far two computations that must agree are apart.
 `judge` has the verdict on the largest deviation of each. Those for which attention has to be observed, or the model
-built in another way, are measured on our models alone.
+built in another way, are measured on our models alone. `ALL` has every one.
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ from torch import Tensor
 from x_transformers import Attention, AutoregressiveWrapper, Decoder
 
 from . import ours
-from .limits import limit_of, longest_window
+from .limits import limit, longest_window
 from .net import Inputs, Net, accepts
 from .ours import Ours
-from .runs import decode, deviation, extend, part_sizes, prefill, segment_sizes, segments
-from .subject import ROWS, Subject, score_tolerance
+from .subject import (
+    ROWS,
+    Subject,
+    decode,
+    deviation,
+    extend,
+    part_sizes,
+    prefill,
+    score_tolerance,
+    segment_sizes,
+    segments,
+)
 
 SHIFTS = (1, 4_097, 1_000_000)
 CACHE_LENGTHS = (1_000, 10_000, 100_000)
 
 _GREEDY_STEPS = 32
-_GREEDY_LONGEST_PROMPT = 512
-_CAST_LEN = 512
+_CAST_LEN = _GREEDY_LONGEST_PROMPT = 512
 _CONTEXT_PADDING = 80
 _SCORE_ROWS = 16
 
@@ -60,9 +69,8 @@ def independent_rows(subject: Subject) -> Iterator[Point]:
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
         together = subject.net(subject.texts.part(0, length))[0]
         for row in range(ROWS):
-            rows = slice(row, row + 1)
-            alone = subject.net(subject.texts.part(0, length, rows))[0]
-            yield Point(length, deviation(alone, together[rows]), f"row {row + 1} of {ROWS}")
+            alone = subject.net(subject.texts.part(0, length, slice(row, row + 1)))[0]
+            yield Point(length, deviation(alone, together[row : row + 1]), f"row {row + 1} of {ROWS}")
 
 
 def cached_decode(subject: Subject, *, only_new: bool) -> Iterator[Point]:
@@ -102,9 +110,9 @@ def shift_invariance(subject: Subject) -> Iterator[Point]:
     for length in (subject.lengths[len(subject.lengths) // 2], subject.max_len):
         inputs, pos = subject.inputs.part(0, length), positions(length)
         expected = net(inputs)[0]
-        yield Point(length, deviation(net(inputs, pos=pos)[0], expected), "pos=arange(n) given")
-        for shift in SHIFTS:
-            yield Point(length, deviation(net(inputs, pos=pos + shift)[0], expected), f"by {shift:,}")
+        for shift in (0, *SHIFTS):
+            note = f"by {shift:,}" if shift else "pos=arange(n) given"
+            yield Point(length, deviation(net(inputs, pos=pos + shift)[0], expected), note)
 
         # the layers of themselves take positions of the new alone
         if net.is_wrapper and subject.holds_in_chunks:
@@ -133,19 +141,15 @@ def up_to_the_limit(subject: Subject) -> Iterator[Point]:
     net = subject.net.duplicate()
     rotary: Any = net.layers.rotary_pos_emb
     # limits are odd numbers, so it may come out one higher
-    wanted = net.positions(subject.max_len) - 2
-    rotary.scale_base *= wanted / limit_of(rotary, net.dtype, masked=False)
-    note = f"scale base {rotary.scale_base:.3g}"
-
-    fitting = net.longest(longest_window(net.dtype, rotary.scale_base))
-    inputs = subject.inputs.part(0, fitting)
+    rotary.scale_base *= (net.positions(subject.max_len) - 2) / limit(rotary.scale_base, net.dtype, masked=False)
+    inputs = subject.inputs.part(0, net.longest(longest_window(net.dtype, rotary.scale_base)))
     expected = out = net(inputs)[0]
     if subject.holds_in_chunks:
-        expected = prefill(net, inputs, max(1, fitting // 3))
-    yield Point(fitting, deviation(out, expected), note)
+        expected = prefill(net, inputs, max(1, inputs.length // 3))
+    yield Point(inputs.length, deviation(out, expected), f"scale base {rotary.scale_base:.3g}")
 
-    limit = net.longest(limit_of(rotary, net.dtype, masked=False))
-    yield _refusal(limit + 1, "one query too many", ValueError, lambda: net(subject.inputs.part(0, limit + 1)))
+    more = net.longest(limit(rotary.scale_base, net.dtype, masked=False)) + 1
+    yield _refusal(more, "one query too many", ValueError, lambda: net(subject.inputs.part(0, more)))
 
 
 def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[], object]) -> Point:
@@ -169,10 +173,8 @@ def greedy_generation(subject: Subject) -> Iterator[Point]:
     generator = AutoregressiveWrapper(subject.net.module).eval()
     for length in _every_third(subject.lengths, min(subject.max_len, _GREEDY_LONGEST_PROMPT)):
         prompt = subject.inputs.main[:, :length]
-        cached, uncached = (
-            generator.generate(prompt, _GREEDY_STEPS, temperature=0.0, cache_kv=cache_kv)[0]
-            for cache_kv in (True, False)
-        )
+        generate = partial(generator.generate, prompt, _GREEDY_STEPS, temperature=0.0)
+        cached, uncached = generate(cache_kv=True)[0], generate(cache_kv=False)[0]
         differs = (cached != uncached).nonzero()
         if len(differs) == 0:
             yield Point(length, 0.0, "the same text")
@@ -188,9 +190,9 @@ def _every_third(lengths: tuple[int, ...], longest: int) -> list[int]:
 
 def scores_of_all_queries(subject: Ours) -> Iterator[Point]:
     """The scores of a call for the whole text, in each layer and head, are those of the paper's formula."""
-    net = subject.variant(flash=False).net
+    net = subject.net
     for length in _every_third(subject.lengths, subject.max_len):
-        rows = torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(net.device)
+        rows = _some_rows(length, net)
         with ours.observe(net, rows) as layers:
             _, cache = net(subject.inputs.part(0, length))
         for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
@@ -198,37 +200,41 @@ def scores_of_all_queries(subject: Ours) -> Iterator[Point]:
             yield Point(length, error, f"layer {number}")
 
 
+def _some_rows(length: int, net: Net) -> Tensor:
+    return torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(net.device)
+
+
 def scores_on_long_cache(subject: Ours) -> Iterator[Point]:
     """The scores of one query on a long cache of random keys are those of the paper's formula."""
-    net = subject.variant(flash=False, depth=1).net
+    net = subject.net
     for length in CACHE_LENGTHS:
         tokens = torch.zeros(1, length + 1, dtype=torch.long, device=net.device)
-        with ours.observe(net, torch.tensor([0], device=net.device)) as (layer,):
+        with ours.observe(net, _some_rows(1, net)) as layers:
             _, cache = extend(net, Inputs(tokens), length, length + 1, ours.random_cache(length, net))
         keys = cache.attn_intermediates[0].cached_kv[0][0]
-        yield Point(length, layer.score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
+        yield Point(length, layers[0].score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
 
 
 def scores_across_shards(subject: Ours) -> Iterator[Point]:
     """Queries of one shard of a sequence score with the keys of another, rotated there, as the formula says."""
-    net = subject.variant(flash=False, depth=1).net
+    net = subject.net
     for length in _every_third(subject.lengths, subject.max_len - 1):
         pos, cut = torch.arange(length, device=net.device), length // 2
-        rows = torch.linspace(0, length - cut - 1, min(length - cut, _SCORE_ROWS)).long().to(net.device)
-        window = {"rotary_window": (0, length)}
-        with ours.observe(net, rows[:1]) as (first,):
+        rows, window = _some_rows(length - cut, net), {"rotary_window": (0, length)}
+        with ours.observe(net, rows[:1]) as first:
             _, cache = net(subject.inputs.part(0, cut), pos=pos[:cut], **window)
-        with ours.observe(net, rows) as (second,):
+        with ours.observe(net, rows) as second:
             net(subject.inputs.part(cut, length), pos=pos[cut:], **window)
-        second.scores = second.rotated_queries @ first.rotated_keys.mT * ours.DIM_HEAD**-0.5
-        keys = cache.attn_intermediates[0].cached_kv[0][0]
-        yield Point(length, second.score_error(keys, pos[cut:][rows], pos[:cut]), f"cut at {cut:,}")
+        found, keys = second[0], cache.attn_intermediates[0].cached_kv[0][0]
+        found.scores = found.rotated_queries @ first[0].rotated_keys.mT * ours.DIM_HEAD**-0.5
+        yield Point(length, found.score_error(keys, pos[cut:][rows], pos[:cut]), f"cut at {cut:,}")
 
 
 def context_positions(subject: Ours) -> Iterator[Point]:
     """The output at a position is the same however much text follows, and however the context is padded."""
     yield from prefix_consistency(subject)
-    padded = subject.inputs_with(**ours.context(_CONTEXT_PADDING))
+    given = ours.context(_CONTEXT_PADDING)
+    padded = Inputs(subject.main, **given).part(None, None, slice(0, 1)).to(subject.net.device, subject.net.dtype)
     yield Point(subject.max_len, deviation(subject.net(padded)[0], subject.full), "context padded")
 
 
@@ -261,12 +267,8 @@ def refusals(subject: Subject) -> Iterator[Point]:
 # all of them
 
 
-def _no_cache(net: Net) -> str:
-    return "" if net.can_cache else "it cannot cache keys and values (memory tokens, recycling or attn_selective)"
-
-
 def _no_mems(net: Net) -> str:
-    return "its max_mem_len is 0, so that it keeps no hidden states" if net.max_mem_len == 0 else ""
+    return "its max_mem_len is 0, so that it keeps no hidden states" if net.max_mem_len == 0 else net.shifts_tokens
 
 
 def _no_positions(net: Net) -> str:
@@ -286,12 +288,8 @@ def _of_range(subject: Subject) -> float:
     return subject.of_chunks if subject.holds_in_chunks else subject.of_calls
 
 
-def _of_scores(subject: Subject) -> float:
-    return score_tolerance(subject.net.dtype, subject.max_len, ours.DIM_HEAD)
-
-
-def _of_scores_on_cache(subject: Subject) -> float:
-    return score_tolerance(subject.net.dtype, max(CACHE_LENGTHS), ours.DIM_HEAD)
+def _of_scores(subject: Subject, length: int | None = None) -> float:
+    return score_tolerance(subject.net.dtype, length or subject.max_len, ours.DIM_HEAD)
 
 
 @dataclass(frozen=True)
@@ -299,7 +297,7 @@ class Property:
     """`needs` is an argument of `AttentionLayers.forward` without which a release has nothing to measure.
 
     `lacked` gives the reason why a model cannot have it, empty if it can. `variant` gives the options of the model of
-    ours that it is measured on, where that is not the one given.
+    ours that it is measured on, empty for the one given; it is None for a property of any model.
     """
 
     key: str
@@ -311,48 +309,43 @@ class Property:
     variant: Callable[[], dict[str, Any]] | None = None
 
 
-_of_calls, _of_decoding, _of_chunks = (attrgetter(f"of_{name}") for name in ("calls", "decoding", "chunks"))
-_decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
-_only_new = "input_not_include_cache"
+def _on(key: str, name: str, measure: Any, tolerance: Any, needs: str | None = None, **options: Any) -> Property:
+    """A property of our model with these options; those that are functions are called for theirs."""
 
-OF_ANY = (
+    def variant() -> dict[str, Any]:
+        return {option: value() if callable(value) else value for option, value in options.items()}
+
+    return Property(key, name, measure, tolerance, needs, variant=variant)
+
+
+_of_calls, _of_decoding, _no_cache = attrgetter("of_calls"), attrgetter("of_decoding"), attrgetter("no_cache")
+_decode_whole, _decode_new = (partial(cached_decode, only_new=only_new) for only_new in (False, True))
+_of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
+_only_new, _added_kv = "input_not_include_cache", "self_attn_additional_kv"
+_with_context: dict[str, Any] = {"given": ours.context, "cross_attend": True}
+# scaled_dot_product_attention does not give out the scores
+_scores = partial(_on, measure=scores_of_all_queries, tolerance=_of_scores, flash=False)
+
+ALL = (
     Property("prefix", "prefix consistency", prefix_consistency, _of_calls),
     Property("rows", "independent rows", independent_rows, attrgetter("of_rows")),
     Property("cached-whole", "cached decode, whole text", _decode_whole, _of_decoding, lacked=_no_cache),
     Property("cached-new", "cached decode, new token", _decode_new, _of_decoding, _only_new, _no_cache),
-    Property("chunked", "chunked prefill", chunked_prefill, _of_chunks, lacked=_no_cache),
+    Property("chunked", "chunked prefill", chunked_prefill, attrgetter("of_chunks"), lacked=_no_cache),
     Property("mems", "segments with mems", segments_with_mems, attrgetter("of_segments"), lacked=_no_mems),
     Property("shift", "shift of positions", shift_invariance, _of_shift, "pos", _no_positions),
     Property("range", "up to the limit", up_to_the_limit, _of_range),
+    _on("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
+    _scores("scores", "scores, all queries"),
+    _on("scores-cache", "scores, long cache", scores_on_long_cache, _of_long_cache, flash=False, depth=1),
+    _scores("scores-bf16", "scores, cast to bfloat16", dtype=torch.bfloat16, length=_CAST_LEN),
+    _scores("scores-f16", "scores, cast to float16", dtype=torch.float16, length=_CAST_LEN),
+    _on("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos", flash=False, depth=1),
+    _on("mem-kv", "memory keys", prefix_consistency, _of_calls, attn_num_mem_kv=4),
+    _on("mem-kv-norm", "memory keys, qk norm", prefix_consistency, _of_calls, attn_num_mem_kv=4, attn_qk_norm=True),
+    _on("added-kv", "additional keys", prefix_consistency, _of_calls, _added_kv, given=ours.additional_kv),
+    _on("context-pos", "context positions", context_positions, _of_calls, "context_pos", **_with_context),
+    _on("table", "table passed in", table_passed_in, _of_decoding),
+    _on("refusals", "refusals", refusals, lambda _: 0.0),
 )
-
-
-def _on(
-    key: str, name: str, measure: Callable[[Any], Iterator[Point]], needs: str | None = None, **options: Any
-) -> Property:
-    """A property of our model with these options; those that are functions are called for theirs."""
-    tolerance = _of_scores if measure is scores_of_all_queries else _of_calls
-    return Property(
-        key,
-        name,
-        measure,
-        tolerance,
-        needs,
-        variant=lambda: {option: value() if callable(value) else value for option, value in options.items()},
-    )
-
-
-OF_OURS = (
-    Property("greedy", "greedy text, cache on, off", greedy_generation, _of_decoding),
-    Property("scores", "scores, all queries", scores_of_all_queries, _of_scores),
-    Property("scores-cache", "scores, long cache", scores_on_long_cache, _of_scores_on_cache),
-    _on("scores-bf16", "scores, cast to bfloat16", scores_of_all_queries, dtype=torch.bfloat16, length=_CAST_LEN),
-    _on("scores-f16", "scores, cast to float16", scores_of_all_queries, dtype=torch.float16, length=_CAST_LEN),
-    Property("scores-shards", "scores, across shards", scores_across_shards, _of_scores, "pos"),
-    _on("mem-kv", "memory keys", prefix_consistency, attn_num_mem_kv=4),
-    _on("mem-kv-norm", "memory keys, qk norm", prefix_consistency, attn_num_mem_kv=4, attn_qk_norm=True),
-    _on("added-kv", "additional keys", prefix_consistency, "self_attn_additional_kv", given=ours.additional_kv),
-    _on("context-pos", "context positions", context_positions, "context_pos", given=ours.context, cross_attend=True),
-    Property("table", "table passed in", table_passed_in, _of_decoding),
-    Property("refusals", "refusals", refusals, lambda _: 0.0),
-)
+OF_ANY = tuple(prop for prop in ALL if prop.variant is None)

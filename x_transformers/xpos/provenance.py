@@ -1,12 +1,7 @@
 """The record of a build: what an installed copy of this package was made from, and whether its files still are that.
 
 The build writes `x_transformers/xpos/provenance.json`: the pinned upstream release, the patches, and the hash of every
-file that they gave.
-
-    >>> from x_transformers.xpos import provenance
-    >>> provenance.read_record().upstream_version, provenance.modified_files()   # doctest: +SKIP
-
-It uses the standard library alone: hatch_build.py loads this file by its path, where torch is not installed.
+file that they gave. This uses the standard library alone: hatch_build.py loads it by its path, where there is no torch.
 """
 
 from __future__ import annotations

@@ -1,123 +1,148 @@
-"""The outcome of a check as a table, as a JSON document and as a plot."""
+"""Which package is being checked, and the outcome of the check as a table, as a JSON document and as a plot."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import x_transformers
+
+from . import provenance
 from .judge import LeftOut, Result
-from .package import Package
+from .net import UsageError, is_patched
 
 WIDTH = 100
 
-_FORMAT = 1
+Outcome = dict[str, Any]
 
 
-class PlotError(ValueError):
-    """A plot that cannot be made; the message names the argument and the way out."""
+def package() -> dict[str, Any]:
+    """What `import x_transformers` gives here, in plain values.
 
-
-@dataclass(frozen=True)
-class Report:
-    """`run` says what was run in plain values: device, dtype, max_len, text, torch, seconds and the like.
-
-    `logit_factor` is that of `Subject`: the tolerance of outputs in units of the error that the dtype forces.
-    `left_out` are the properties that were not measured. `tested` says what of a user's model was, one line each, and
-    is empty for the check's own models; `notes` is what else there is to say.
+    `distribution` is the version that the environment's metadata gives; `version`, `upstream`, `line` and `patches` are
+    those of the record of the build. `unpatched` and `modified` hold one message for each thing that is wrong.
     """
+    path = Path(x_transformers.__file__).parent
+    distribution, record, unpatched, modified = None, None, [], []
+    with suppress(metadata.PackageNotFoundError):
+        distribution = metadata.version("x-transformers")
+    try:
+        record = provenance.read_record(path)
+        if record is None or not record.patches:
+            unpatched.append("there is no record of patches")
+        files = provenance.modified_files(path, record)
+        modified += [f"not as they were built: {', '.join(files)}"] if files else []
+    except provenance.FormatError as error:
+        modified.append(str(error))
+    if not is_patched():
+        unpatched.append("RotaryEmbedding.forward takes no seq_len")
+    return {
+        "path": str(path),
+        "distribution": distribution,
+        "version": record and record.version,
+        "upstream": record and {"name": record.upstream_name, "version": record.upstream_version},
+        "line": record and record.line,
+        "patches": [patch.name for patch in record.patches] if record else [],
+        "unpatched": unpatched,
+        "modified": modified,
+    }
 
-    package: Package
-    run: Mapping[str, str | int | float]
-    results: tuple[Result, ...]
-    logit_factor: float
-    left_out: tuple[LeftOut, ...] = ()
-    tested: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
-    @property
-    def failed(self) -> tuple[Result, ...]:
-        return tuple(result for result in self.results if not result.passed)
+def outcome(results: Sequence[Result], left_out: Sequence[LeftOut], run: Mapping[str, Any], **more: Any) -> Outcome:
+    """What the check found, in plain values: the JSON document, of which the table and the plot are made.
 
-    @property
-    def passed(self) -> bool:
-        return bool(self.results) and not self.failed and not self.package.problems
+    `run` says what was run: device, dtype, max_len, text, model, torch, seconds and the like. Of `more`, `logit_factor`
+    is that of `Subject`, `tested` has lines on what of a user's model was tested, none for the check's own models, and
+    `notes` is what else there is to say.
+    """
+    of_package = package()
+    right = not of_package["unpatched"] + of_package["modified"]
+    return {
+        "format": 1,
+        "passed": right and bool(results) and all(result.passed for result in results),
+        "package": of_package,
+        "run": run,
+        "results": [{**asdict(result), "passed": result.passed} for result in results],
+        "left_out": [asdict(each) for each in left_out],
+        **more,
+    }
 
 
 # text
 
 
-def table(report: Report) -> str:
+def table(found: Outcome) -> str:
     """Plain text, no line of its own wider than 100 columns (a path may be)."""
-    run = report.run
-    lines = _package_lines(report.package)
+    run, results = found["run"], found["results"]
+    lines = _package_lines(found["package"])
     lines += _wrapped("run       ", f"{run['dtype']} on {run['device']}, {run['model']}, torch {run['torch']}")
-    if report.tested:
-        lines += _wrapped("tested    ", *report.tested)
-    else:
+    lines += _wrapped("tested    ", *found["tested"])
+    if not found["tested"]:
         lines += _wrapped("text      ", f"{run['max_len']:,} bytes of {run['text']}")
-    lines += [*_wrapped("note      ", *report.notes), ""]
+    lines += [*_wrapped("note      ", *found["notes"]), ""]
 
-    name_width = max((len(result.name) for result in report.results), default=0)
-    lines.append(f"{'property':<{name_width}}  deviation  tolerance  verdict  lengths")
-    for result in report.results:
-        row = f"{result.name:<{name_width}}  {_number(result.deviation):>9}  {_number(result.tolerance):>9}  "
-        row = f"{row}{result.verdict:<7}  "
-        first, *rest = textwrap.wrap(result.detail, WIDTH - len(row)) or [""]
+    width = max((len(result["name"]) for result in results), default=0)
+    lines.append(f"{'property':<{width}}  deviation  tolerance  verdict  lengths")
+    for result in results:
+        row = f"{result['name']:<{width}}  {_number(result['deviation']):>9}  {_number(result['tolerance']):>9}  "
+        row += f"{'pass' if result['passed'] else 'FAIL':<7}  "
+        first, *rest = textwrap.wrap(result["detail"], WIDTH - len(row)) or [""]
         lines += [(row + first).rstrip(), *(" " * len(row) + more for more in rest)]
 
-    names_of: dict[str, list[str]] = {}
-    for prop in report.left_out:
-        names_of.setdefault(prop.reason, []).append(f"{prop.name} ({prop.needs})" if prop.needs else prop.name)
-    lines += _wrapped("left out  ", *(f"{'; '.join(names)}: {reason}" for reason, names in names_of.items()))
-    return "\n".join([*lines, "", *_wrapped("", *_explanations(report)), "", conclusion(report)])
+    names: dict[str, list[str]] = {}
+    for each in found["left_out"]:
+        names.setdefault(each["reason"], []).append(each["name"] + (f" ({each['needs']})" if each["needs"] else ""))
+    lines += _wrapped("left out  ", *(f"{'; '.join(names[reason])}: {reason}" for reason in names))
+    return "\n".join([*lines, "", *_wrapped("", *_explanations(found)), "", conclusion(found)])
 
 
-def _package_lines(package: Package) -> list[str]:
-    record = package.record
-    named = f"distribution x-transformers {package.distribution or 'not installed'}"
-    if record is not None and package.distribution not in (None, record.version):
-        named += ", not this copy"
-    lines = [f"package   x_transformers from {package.path}", f"          {named}"]
-    if record is None:
-        lines.append("build     no record")
-    else:
-        count = len(record.patches)
-        built_from = f"{record.upstream_name} {record.upstream_version}"
-        patches = f"{count} patch{'' if count == 1 else 'es'}, line {record.line}"
-        lines += [f"build     {record.version} = {built_from} and {patches}"]
-        lines += [f"          {patch.name}" for patch in record.patches]
-    if not package.problems:
+def _package_lines(package: Mapping[str, Any]) -> list[str]:
+    distribution, version, patches = package["distribution"], package["version"], package["patches"]
+    other = ", not this copy" if version and distribution and version != distribution else ""
+    lines = [
+        f"package   x_transformers from {package['path']}",
+        f"          distribution x-transformers {distribution or 'not installed'}{other}",
+        "build     no record",
+    ]
+    if version:
+        count = f"{len(patches)} patch{'' if len(patches) == 1 else 'es'}"
+        upstream = " ".join(package["upstream"].values())
+        lines[-1] = f"build     {version} = {upstream} and {count}, line {package['line']}"
+    lines += [f"          {name}" for name in patches]
+    if not package["unpatched"] + package["modified"]:
         lines.append("          the files match this record")
-    return lines + _wrapped("UNPATCHED ", *package.unpatched) + _wrapped("MODIFIED  ", *package.modified)
+    return lines + _wrapped("UNPATCHED ", *package["unpatched"]) + _wrapped("MODIFIED  ", *package["modified"])
 
 
-def _explanations(report: Report) -> list[str]:
-    dtype = report.run["dtype"]
-    reason = "two runs are compared, and with xPos other keys weigh most"
-    if report.logit_factor != 4:
-        reason = "two runs are compared, and nothing is wider than float64 to compute the angles in"
+def _explanations(found: Outcome) -> list[str]:
+    dtype, factor = found["run"]["dtype"], found["logit_factor"]
+    reason = "with xPos other keys weigh most"
+    if factor != 4:
+        reason = "nothing is wider than float64 to compute the angles in"
     forced = f"the error that {dtype} forces on the same model with plain rotary, run the same way"
-    tolerance = f"Tolerance: {report.logit_factor:,.0f} times {forced}: {reason}."
+    tolerance = f"Tolerance: {factor:,.0f} times {forced}: two runs are compared, and {reason}."
     scores = f"Of scores: a bound from the unit roundoff of {dtype}, relative to the terms of a query's largest score."
-    return [tolerance] if report.tested else [tolerance, scores]
+    return [tolerance] if found["tested"] else [tolerance, scores]
 
 
-def conclusion(report: Report) -> str:
-    failed, total = len(report.failed), len(report.results)
-    outcome = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
+def conclusion(found: Outcome) -> str:
+    failed, total = sum(not result["passed"] for result in found["results"]), len(found["results"])
+    said = f"all {total} properties hold" if not failed else f"{failed} of {total} properties FAIL"
     if total == 0:
-        outcome = "no property could be measured: FAIL"
-    if report.package.unpatched:
-        outcome += ", and the package is UNPATCHED: this is not the fork"
-    elif report.package.modified:
-        outcome += ", but the package is MODIFIED"
-    return f"{outcome} ({report.run['seconds']:.0f} s)"
+        said = "no property could be measured: FAIL"
+    if found["package"]["unpatched"]:
+        said += ", and the package is UNPATCHED: this is not the fork"
+    elif found["package"]["modified"]:
+        said += ", but the package is MODIFIED"
+    return f"{said} ({found['run']['seconds']:.0f} s)"
 
 
 def _number(value: float | None) -> str:
@@ -137,30 +162,9 @@ def _wrapped(label: str, *messages: str) -> list[str]:
 # JSON
 
 
-def document(report: Report) -> str:
+def document(found: Outcome) -> str:
     """One JSON object. A deviation or tolerance that is no finite number is null, and `detail` says why."""
-    package, record = report.package, report.package.record
-    fields = {
-        "format": _FORMAT,
-        "passed": report.passed,
-        "package": {
-            "path": str(package.path),
-            "distribution": package.distribution,
-            "version": record and record.version,
-            "upstream": record and {"name": record.upstream_name, "version": record.upstream_version},
-            "line": record and record.line,
-            "patches": [patch.name for patch in record.patches] if record else [],
-            "unpatched": package.unpatched,
-            "modified": package.modified,
-        },
-        "run": report.run,
-        "logit_factor": report.logit_factor,
-        "results": [{**asdict(result), "passed": result.passed} for result in report.results],
-        "left_out": [asdict(prop) for prop in report.left_out],
-        "tested": report.tested,
-        "notes": report.notes,
-    }
-    return json.dumps(_finite(fields), indent=2, allow_nan=False)
+    return json.dumps(_finite(found), indent=2, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -176,59 +180,48 @@ def _finite(value: Any) -> Any:
 
 
 def prepare_plot(path: str) -> None:
-    """Refuse a plot that could not be written, before there is any work to lose. Raises PlotError."""
+    """Refuse, with UsageError, a plot that could not be written, before there is any work to lose."""
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise PlotError(
+        raise UsageError(
             'argument --plot: needs matplotlib, which is not installed; pip install "x-transformers[plot]"'
         ) from None
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if Path(path).suffix.lower().lstrip(".") not in kinds:
-        raise PlotError(f"argument --plot: the name of {path} must end in one of .{', .'.join(kinds)}")
-    existed = Path(path).exists()
-    with _writing(path), Path(path).open("ab"):
-        pass
-    if not existed:
-        Path(path).unlink()
+        raise UsageError(f"argument --plot: the name of {path} must end in one of .{', .'.join(kinds)}")
+    if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise _unwritable(path)
 
 
-@contextmanager
-def _writing(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PlotError(f"argument --plot: cannot write {path}: {error.strerror}; give a path that can be") from None
+def _unwritable(path: str) -> UsageError:
+    return UsageError(f"argument --plot: cannot write {path}; give a path that can be written")
 
 
-def plot(report: Report, path: str) -> None:
-    """Write the deviation of each property against length, and the tolerances, both axes logarithmic.
-
-    Raises PlotError if the file cannot be written after all.
-    """
+def plot(found: Outcome, path: str) -> None:
+    """Write the deviation of each property against length, and the tolerances, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.add_subplot()
-    shown = [result for result in report.results if result.points]
-    values = [value for each in shown for value in (each.tolerance or 0.0, *(point.deviation for point in each.points))]
-    finite = [value for value in values if 0 < value < math.inf] or [1.0]
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="length in positions")
+    axes.set_ylabel("largest deviation (dashed: tolerance)")
+    axes.set_title(f"{conclusion(found)}: {found['run']['dtype']} on {found['run']['device']}", fontsize=10)
+    shown = [result for result in found["results"] if result["points"]]
+    values = [value for each in shown for value in (each["tolerance"], *(p["deviation"] for p in each["points"]))]
+    finite = [value for value in values if value and value < math.inf] or [1.0]
     floor, ceiling = min(finite) / 10, max(finite) * 10
     for result in shown:
-        worst: dict[int, float] = {}
-        for point in sorted(result.points, key=lambda point: point.length):
-            worst[point.length] = max(worst.get(point.length, floor), min(point.deviation, ceiling))
-        label = f"{result.name}{'' if result.passed else ': FAIL'}"
-        marker = "o" if result.passed else "X"
-        (line,) = axes.plot(list(worst), list(worst.values()), marker=marker, markersize=4, label=label)
-        if result.tolerance:
-            ends, color = [min(worst), max(worst)], line.get_color()
-            axes.plot(ends, [result.tolerance] * 2, linestyle="--", linewidth=1, color=color)
-    axes.set(xscale="log", yscale="log", ylim=(floor / 2, ceiling * 2))
-    axes.set(xlabel="length in positions", ylabel="largest deviation (dashed: tolerance)")
-    axes.set_title(f"{conclusion(report)}: {report.run['dtype']} on {report.run['device']}", fontsize=10)
+        by_length = sorted((point["length"], point["deviation"]) for point in result["points"])
+        # the last of a length is the largest
+        worst = {length: max(floor, min(deviation, ceiling)) for length, deviation in by_length}
+        label, marker = (result["name"], "o") if result["passed"] else (f"{result['name']}: FAIL", "X")
+        (line,) = axes.plot([*worst], [*worst.values()], marker=marker, markersize=4, label=label)
+        if result["tolerance"]:
+            axes.hlines(result["tolerance"], min(worst), max(worst), line.get_color(), "dashed", linewidth=1)
+    axes.set_ylim(floor / 2, ceiling * 2)
     legend = {"title": "lowest: 0\nhighest: not finite", "title_fontsize": 8, "fontsize": 8}
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), **legend)
-    axes.grid(visible=True, alpha=0.3)
-    with _writing(path):
+    try:
         figure.savefig(path)
+    except OSError:
+        raise _unwritable(path) from None

@@ -1,4 +1,4 @@
-"""A model under check, the texts it reads, and how far its answers may be apart.
+"""A model under check, the texts it reads, the ways to run it, and how far its answers may be apart.
 
 Tolerances follow from the dtype, in the way the flash-attention authors judge theirs; none is picked.
 
@@ -10,35 +10,43 @@ Tolerances follow from the dtype, in the way the flash-attention authors judge t
   unit roundoffs, unless attention is not flash: its softmax works in float32 whatever the model's dtype. And it has no
   wider type to compute its angles in, which makes the one rounding more as large as `angle_error`.
 - Scores: `score_tolerance`, from the unit roundoff alone.
-- A shift of all positions changes rounding alone: the tolerance of outputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .limits import longest_window
-from .net import Inputs, Net, accepts
-from .runs import STEPS, decode, deviation, ladder, part_sizes, prefill, segment_sizes, segments
+from .net import Inputs, Net, UsageError, accepts, name_of
 
 MIN_LEN = 32
 ROWS = 3
+STEPS = 16
 
 
-def longest(net: Net) -> tuple[int, str]:
-    """The longest text that all properties can be run on, and what limits it."""
+def length_of(net: Net, asked: int | None, default: int) -> int:
+    """How long a text to read, if all properties can be run on it. Raises UsageError if they cannot."""
     rotary: Any = net.layers.rotary_pos_emb
-    fitting = net.longest(longest_window(net.dtype, rotary.scale_base))
-    if net.max_seq_len is not None and net.max_seq_len < fitting:
-        return net.max_seq_len, "its absolute position embedding has room for no more"
-    name = str(net.dtype).removeprefix("torch.")
-    return fitting, f"more queries in one call leave the range of {name} at its scale base of {rotary.scale_base:g}"
+    largest, scale_base = net.longest(longest_window(net.dtype, rotary.scale_base)), f"{rotary.scale_base:g}"
+    reason = f"more queries in one call leave the range of {name_of(net.dtype)} at its scale base of {scale_base}"
+    if net.max_seq_len is not None and net.max_seq_len < largest:
+        largest, reason = net.max_seq_len, "its absolute position embedding has room for no more"
+    if largest < MIN_LEN:
+        raise UsageError(
+            f"argument --model: it can read {largest} positions in one call, and {MIN_LEN} are needed: {reason}"
+        )
+    length = min(default, largest) if asked is None else asked
+    if length < MIN_LEN:
+        raise UsageError(f"argument --max-len: {length} is too small; give {MIN_LEN} or more")
+    if length > largest:
+        raise UsageError(f"argument --max-len: {length} is too large, as {reason}; give {largest} or fewer")
+    return length
 
 
 class Subject:
@@ -63,7 +71,7 @@ class Subject:
     @cached_property
     def holds_in_chunks(self) -> bool:
         """Whether the model can be run in chunks at all: whether it gives the same so with plain rotary."""
-        if not self.net.can_cache:
+        if self.net.no_cache:
             return False
         try:
             return deviation(prefill(self.plain.net, self.inputs, self.max_len // 3), self.plain.full) <= self.of_chunks
@@ -109,30 +117,123 @@ class Subject:
 
     @cached_property
     def of_calls(self) -> float:
-        return self._forced(lambda net, inputs: net(inputs)[0])
+        return self._forced(whole)
 
     @cached_property
     def of_rows(self) -> float:
-        return max(self.of_calls, self._forced(lambda net, inputs: net(inputs)[0], inputs=self.texts))
+        return max(self.of_calls, self._forced(whole, inputs=self.texts))
 
     @cached_property
     def of_decoding(self) -> float:
-        only_new, start = accepts("input_not_include_cache"), self.max_len - self.steps
-        return max(self.of_calls, self._forced(lambda net, inputs: decode(net, inputs, start, only_new=only_new)))
+        start, only_new = self.max_len - self.steps, accepts("input_not_include_cache")
+        return max(self.of_calls, self._forced(partial(decode, start=start, only_new=only_new)))
 
     @cached_property
     def of_chunks(self) -> float:
-        def chunks(size: int) -> Callable[[Net, Inputs], Tensor]:
-            return lambda net, inputs: prefill(net, inputs, size)
-
-        return max(self.of_calls, self._forced(*map(chunks, part_sizes(self.max_len))))
+        return max(self.of_calls, self._forced(*(partial(prefill, size=size) for size in part_sizes(self.max_len))))
 
     @cached_property
     def of_segments(self) -> float:
-        def parts(sizes: list[int]) -> Callable[[Net, Inputs], Tensor]:
-            return lambda net, inputs: segments(net, inputs, sizes)
+        every = segment_sizes(self.max_len, self.net.max_mem_len)
+        return max(self.of_calls, self._forced(*(partial(segments, sizes=sizes) for sizes in every)))
 
-        return max(self.of_calls, self._forced(*map(parts, segment_sizes(self.max_len, self.net.max_mem_len))))
+
+# ways to run a model that must all give the same
+
+
+def deviation(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference, in float64; infinite where either is not finite."""
+    difference = (a.detach().cpu().double() - b.detach().cpu().double()).abs()
+    return float(difference.max()) if bool(difference.isfinite().all()) else math.inf
+
+
+def ladder(length: int) -> tuple[int, ...]:
+    """Lengths from 1 to `length`, each about 5/8 of the next, so that odd and even ones both occur."""
+    lengths = [length]
+    while lengths[-1] > 1:
+        lengths.append(lengths[-1] * 5 // 8)
+    return tuple(reversed(lengths))
+
+
+def part_sizes(length: int) -> tuple[int, ...]:
+    # an even split, and an odd size that leaves a shorter last part
+    return (length // 4, length // 7 | 1)
+
+
+def whole(net: Net, inputs: Inputs) -> Tensor:
+    """Outputs of all positions in one call."""
+    return net(inputs)[0]
+
+
+def decode(net: Net, inputs: Inputs, start: int, *, only_new: bool) -> Tensor:
+    """Outputs from position `start - 1` on, after one call for all before and one for each position more."""
+    out, cache = net(inputs.part(0, start))
+    found = [out[:, -1:]]
+    for end in range(start + 1, inputs.length + 1):
+        out, cache = extend(net, inputs, end - 1, end, cache, only_new=only_new)
+        found.append(out)
+    return torch.cat(found, dim=1)
+
+
+def prefill(net: Net, inputs: Inputs, size: int) -> Tensor:
+    """Outputs of all positions, `size` of them in each call, through the KV cache."""
+    out, cache = net(inputs.part(0, size))
+    found = [out]
+    for start in range(size, inputs.length, size):
+        out, cache = extend(net, inputs, start, min(start + size, inputs.length), cache)
+        found.append(out)
+    return torch.cat(found, dim=1)
+
+
+def extend(
+    net: Net, inputs: Inputs, start: int, stop: int, cache: Any, *, only_new: bool | None = None, **options: Any
+) -> tuple[Tensor, Any]:
+    """Outputs from `start` to `stop`, given a cache of all before; only these are passed, or all.
+
+    By default only these, where the release has an argument for that.
+    """
+    only_new = accepts("input_not_include_cache") if only_new is None else only_new
+    options |= {"cache": cache, "cache_age": stop - start}
+    if only_new:
+        options["input_not_include_cache"] = True
+    elif not net.is_wrapper and accepts("seq_pos_offset"):
+        # the layers take what they are given with a cache for new
+        options["seq_pos_offset"] = 0
+    return net(inputs.part(start if only_new else 0, stop), **options)
+
+
+def segments(net: Net, inputs: Inputs, sizes: list[int]) -> Tensor:
+    """Outputs of consecutive segments, each given the hidden states of those before."""
+    found, start, mems = [], 0, None
+    keeps = {"return_mems": True} if net.reads_tokens else {}
+    for size in sizes:
+        out, intermediates = net(inputs.part(start, start + size), mems=mems, **keeps)
+        found.append(out)
+        start += size
+        if keeps:
+            mems = intermediates.mems
+            continue
+        hiddens = intermediates.hiddens
+        mems = hiddens if mems is None else [torch.cat(pair, dim=-2) for pair in zip(mems, hiddens)]
+        if net.max_mem_len is not None:
+            mems = [each[:, -net.max_mem_len :] for each in mems]
+    return torch.cat(found, dim=1)
+
+
+def segment_sizes(length: int, kept: int | None) -> Iterator[list[int]]:
+    """Segments of which none has more before it than are kept; at most `length` in all."""
+    for size in dict.fromkeys(part_sizes(length)):
+        longest = length if kept is None else min(length, kept + size)
+        sizes = [size] * (longest // size) + [longest % size] * (longest % size > 0)
+        if kept is None or sum(sizes[:-1]) <= kept:
+            yield sizes
+        elif kept > 0:
+            yield [min(kept, longest // 2)] * 2
+    if kept is not None and 0 < kept < length // 2:
+        yield [kept, kept]
+
+
+# roundings
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import x_transformers
 from x_transformers import ContinuousTransformerWrapper, TransformerWrapper
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
 
-from .net import ModelError, Net, duplicate, first_attention
+from .limits import longest_window
+from .net import Net, UsageError, first_attention
+from .subject import MIN_LEN
 
-_PROBE_LEN = 7
 _PACKAGE = Path(x_transformers.__file__).parent
 
 
@@ -46,7 +46,7 @@ def undisturbed() -> Iterator[None]:
 def build(spec: str) -> nn.Module:
     """What the factory of `MODULE:FACTORY` returns, called without arguments.
 
-    To be called, as the model is, while `undisturbed` is open. Raises ModelError, in one line, for whatever the import
+    To be called, as the model is, while `undisturbed` is open. Raises UsageError, in one line, for whatever the import
     or the factory raises, and for what is no module.
     """
     module_name, _, attribute = spec.partition(":")
@@ -63,12 +63,12 @@ def build(spec: str) -> nn.Module:
         raise _error(spec, f"{doing} failed: {_reason(error)}") from error
     if not isinstance(model, nn.Module):
         way_out = "return the TransformerWrapper, the Decoder or a module that holds one"
-        raise _error(spec, f"it returned {kind_of(model)}; {way_out}")
+        raise _error(spec, f"it returned a {type(model).__name__}; {way_out}")
     return model
 
 
-def _error(spec: str, message: str) -> ModelError:
-    return ModelError(f"argument --model: {spec}: " + " ".join(message.split()))
+def _error(spec: str, message: str) -> UsageError:
+    return UsageError(f"argument --model: {spec}: " + " ".join(message.split()))
 
 
 def _reason(error: BaseException) -> str:
@@ -83,61 +83,47 @@ def _reason(error: BaseException) -> str:
     return reason
 
 
-def kind_of(value: Any) -> str:
-    """The name of its class, with an article."""
-    name = type(value).__name__
-    return "None" if value is None else f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
-
-
 # finding xPos in it
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is called: a wrapper that has `layers`, or `layers` itself. `path` is where it is in the user's model."""
+def find(spec: str, model: nn.Module) -> dict[str, Net]:
+    """Every stack of layers with xPos in `model`, in the outermost wrapper that has it, by where that is.
 
-    path: str
-    module: nn.Module
-    layers: nn.Module
-
-    @property
-    def summary(self) -> str:
-        """One line that says what it is, and its size."""
-        layers: Any = self.layers
-        rotary, attention = layers.rotary_pos_emb, first_attention(layers)
-        of = f" of a {type(layers).__name__}" if self.module is not layers else ""
-        return (
-            f"{f'{self.path}, ' if self.path else ''}{type(self.module).__name__}{of}: "
-            f"{layers.layer_types.count('a')} attention layers, {attention.heads} heads of "
-            f"{attention.to_q.weight.shape[0] // attention.heads} dims, {2 * rotary.inv_freq.shape[0]} rotated, "
-            f"scale base {rotary.scale_base:g}"
-        )
-
-
-def find(spec: str, model: nn.Module) -> list[Target]:
-    """Every stack of layers with xPos in `model`, in the outermost wrapper that has it; ModelError if there is none."""
+    Raises UsageError if there is none.
+    """
     kind = type(model).__name__
     stacks = [(path, module) for path, module in model.named_modules() if isinstance(module, AttentionLayers)]
     if not stacks:
         raise _error(spec, f"{kind} has no Decoder of x-transformers in it; return a model that is built on one")
-    with_xpos = [(path, layers) for path, layers in stacks if _has_xpos(layers)]
-    if not with_xpos:
+    found = {}
+    for path, layers in stacks:
+        rotary: Any = getattr(layers, "rotary_pos_emb", None)
+        if isinstance(rotary, RotaryEmbedding) and getattr(rotary, "scale", None) is not None:
+            outermost = (
+                each
+                for each in model.named_modules()
+                if isinstance(each[1], (TransformerWrapper, ContinuousTransformerWrapper))
+                and each[1].attn_layers is layers
+            )
+            path, module = next(outermost, (path, layers))
+            found[path] = Net(module)
+    if not found:
         kinds = ", ".join(dict.fromkeys(type(layers).__name__ for _, layers in stacks))
-        raise _error(spec, f"{kind} has no xPos: its {kinds} was built without rotary_xpos=True; pass it")
-    targets = []
-    for layers_path, layers in with_xpos:
-        wrappers = (
-            (path, module)
-            for path, module in model.named_modules()
-            if isinstance(module, (TransformerWrapper, ContinuousTransformerWrapper)) and module.attn_layers is layers
-        )
-        targets.append(Target(*next(wrappers, (layers_path, layers)), layers))
-    return targets
+        way_out = "pass it, as rotary_xpos_scale_base alone does nothing"
+        raise _error(spec, f"{kind} has no xPos: its {kinds} was built without rotary_xpos=True; {way_out}")
+    return found
 
 
-def _has_xpos(layers: nn.Module) -> bool:
-    rotary: Any = getattr(layers, "rotary_pos_emb", None)
-    return isinstance(rotary, RotaryEmbedding) and getattr(rotary, "scale", None) is not None
+def summary(path: str, net: Net) -> str:
+    """One line that says what it is, and its size."""
+    layers, rotary, attention = net.layers, net.layers.rotary_pos_emb, first_attention(net.layers)
+    of = f" of a {type(layers).__name__}" if net.is_wrapper else ""
+    return (
+        f"{f'{path}, ' if path else ''}{type(net.module).__name__}{of}: "
+        f"{layers.layer_types.count('a')} attention layers, {attention.heads} heads of "
+        f"{attention.to_q.weight.shape[0] // attention.heads} dims, {2 * rotary.inv_freq.shape[0]} rotated, "
+        f"scale base {rotary.scale_base:g}"
+    )
 
 
 # copying it
@@ -145,7 +131,7 @@ def _has_xpos(layers: nn.Module) -> bool:
 
 @torch.no_grad()
 def open_net(
-    spec: str, target: Target, dtype: torch.dtype | None = None, device: torch.device | None = None
+    spec: str, target: Net, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> tuple[Net, str]:
     """A copy of the target that can be called, cast and moved if asked, and a note on it, empty if there is nothing.
 
@@ -153,25 +139,24 @@ def open_net(
     given hidden states.
     """
     try:
-        copied = Net(duplicate(target.module))
+        copied = target.duplicate()
     except Exception as error:
         raise _error(spec, f"the model cannot be copied: {type(error).__name__}: {error}") from error
-
-    reason = ""
+    note = reason = ""
     for part in dict.fromkeys((copied.module, copied.layers)):
         try:
             net = Net(part.to(device=device, dtype=dtype))
             if net.device.type == "meta":
-                raise ModelError("its parameters are on the meta device, and have no values")
+                raise UsageError("its parameters are on the meta device, and have no values")
             if not net.dtype.is_floating_point:
-                raise ModelError(f"its queries are projected in {net.dtype}, not in floating point")
-            net(net.inputs(2, min(_PROBE_LEN, net.max_seq_len or _PROBE_LEN)))
+                raise UsageError(f"its queries are projected in {net.dtype}, not in floating point")
+            # as long as a check needs, as far as it can be: some options need a number of keys
+            room = net.longest(longest_window(net.dtype, net.layers.rotary_pos_emb.scale_base))
+            net(net.inputs(2, max(1, min(MIN_LEN, room, net.max_seq_len or MIN_LEN))))
+            return net, note
         except Exception as error:
-            message = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
-            reason = " ".join(message.split())
-            continue
-        if part is copied.module:
-            return net, ""
-        kind = type(target.module).__name__
-        return net, f"tested is the {type(part).__name__} in it, on hidden states, as the {kind} cannot be: {reason}"
+            said = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+            reason, (whole, part_of_it) = " ".join(said.split()), (type(copied.module), type(copied.layers))
+            tested = f"tested is the {part_of_it.__name__} in it, on hidden states"
+            note = f"{tested}, as the {whole.__name__} cannot be: {reason}"
     raise _error(spec, f"the model cannot be called: {reason}")
