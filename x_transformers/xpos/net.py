@@ -114,6 +114,12 @@ class Net:
         return first_attention(self.layers).to_q.weight.dtype  # type: ignore[no-any-return]
 
     @property
+    def min_keys(self) -> int:
+        """How many keys a query needs: `attn_sparse_topk` cannot choose among fewer."""
+        attentions = (module for module in self.layers.modules() if isinstance(module, Attention))
+        return max(getattr(attention.attend, "sparse_topk", None) or 1 for attention in attentions)
+
+    @property
     def is_flash(self) -> bool:
         return all(module.attend.flash for module in self.module.modules() if isinstance(module, Attention))
 

@@ -55,7 +55,7 @@ class Subject:
     def __init__(self, net: Net, texts: Inputs) -> None:
         self.net, self.texts, self.max_len = net, texts, texts.length
         self.inputs = texts.part(None, None, slice(0, 1))
-        self.lengths = ladder(self.max_len)
+        self.lengths = tuple(length for length in ladder(self.max_len) if length >= net.min_keys)
         self.steps = min(STEPS, self.max_len // 2)
 
     @cached_property
