@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).parent.parent
 LINE = Path("patches", "2.x")
 BACKPORT = Path("patches", "1.27.x")
+# the parts of the default line's series, each a pull request: the first patches are fixes, which stand alone, the next
+# are about speed; what follows is of the fork alone
+FIXES, SPEED = slice(0, 8), slice(8, 10)
 
 if TYPE_CHECKING:
     import hatch_build as hatch_build
@@ -95,10 +98,6 @@ def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], u
     return out / result.stdout.splitlines()[-1]
 
 
-# how many patches at the end of the default line's series are about speed; those before them stand without them
-SPEED_PATCHES = 2
-
-
 def pristine_tree(line: Path = LINE) -> Path:
     """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path."""
     return _built_tree(line, ())
@@ -106,7 +105,7 @@ def pristine_tree(line: Path = LINE) -> Path:
 
 def fixes_tree() -> Path:
     """The same with the default line's fixes, and nothing of its speed."""
-    return _built_tree(LINE, hatch_build.read_series(ROOT / LINE)[:-SPEED_PATCHES])
+    return _built_tree(LINE, hatch_build.read_series(ROOT / LINE)[FIXES])
 
 
 def patched_tree(line: Path = LINE) -> Path:

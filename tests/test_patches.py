@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from packaging_support import ROOT, SPEED_PATCHES, clean_environment, git, hatch_build, snapshot
+from packaging_support import FIXES, ROOT, SPEED, clean_environment, git, hatch_build, snapshot
 
 LINES = sorted(series.parent for series in ROOT.glob("patches/*/series"))
 PATCHES = [line / name for line in LINES for name in hatch_build.read_series(line)]
@@ -119,7 +119,7 @@ def test_pull_requests_say_how_much_they_add() -> None:
     text = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
     said = re.findall(r"All is in `x_transformers\.py`: ([\d,]+) lines, ([\d,]+) characters", text)
     series = [patch for patch in PATCHES if patch.parent.name == "2.x"]
-    parts = (added(series[:-SPEED_PATCHES]), added(series[-SPEED_PATCHES:]))
+    parts = (added(series[FIXES]), added(series[SPEED]))
     assert said == [(f"{len(part):,}", f"{sum(map(len, part)):,}") for part in parts]
 
 
