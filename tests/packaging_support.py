@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,23 +77,29 @@ def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
 
 
 def call_backend(
-    hook: str, project: Path, out: Path, environment: Mapping[str, str], umask: int = 0o022
+    hook: str, project: Path, out: Path, environment: Mapping[str, str], before: Callable[[], object] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process."""
+    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process.
+
+    The process calls `before` first.
+    """
     out.mkdir(parents=True, exist_ok=True)
     return subprocess.run(
-        [sys.executable, "-c", f"import os; os.umask({umask}); {_CALL_BACKEND}", hook, str(out)],
+        [sys.executable, "-c", _CALL_BACKEND, hook, str(out)],
         cwd=project,
         env=dict(environment),
         text=True,
         capture_output=True,
         check=False,
+        preexec_fn=before,
     )
 
 
-def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], umask: int = 0o022) -> Path:
+def build(
+    hook: str, project: Path, out: Path, environment: Mapping[str, str], before: Callable[[], object] | None = None
+) -> Path:
     """The file that a successful build makes."""
-    result = call_backend(hook, project, out, environment, umask)
+    result = call_backend(hook, project, out, environment, before)
     assert result.returncode == 0, result.stdout + result.stderr
     return out / result.stdout.splitlines()[-1]
 
@@ -151,7 +157,7 @@ def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
 
 
-def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "Change a file") -> bytes:
+def make_patch(path: str, old: bytes | None, new: bytes | None) -> bytes:
     """A patch of one file, None meaning that it does not exist; minimal, but of the form of git format-patch."""
     diff = difflib.unified_diff(
         (old or b"").decode().splitlines(keepends=True),
@@ -160,21 +166,17 @@ def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "
         "/dev/null" if new is None else f"b/{path}",
     )
     mode = "new file mode 100644\n" if old is None else "deleted file mode 100644\n" if new is None else ""
-    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nSubject: [PATCH] {subject}\n\n"
+    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nSubject: [PATCH] Change a file\n\n"
     return f"{head}---\n\ndiff --git a/{path} b/{path}\n{mode}{''.join(diff)}".encode()
 
 
-def set_series(
-    project: Path, patches: Mapping[str, bytes], series: Sequence[str] | None = None, line: Path = LINE
-) -> None:
+def set_series(project: Path, patches: Mapping[str, bytes], line: Path = LINE) -> None:
     """Replace the patches of the project."""
-    line_dir = project / line
-    for old in line_dir.glob("*.patch"):
+    for old in (project / line).glob("*.patch"):
         old.unlink()
     for name, content in patches.items():
-        (line_dir / name).write_bytes(content)
-    names = list(patches) if series is None else series
-    (line_dir / "series").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        (project / line / name).write_bytes(content)
+    (project / line / "series").write_text("".join(f"{name}\n" for name in patches), encoding="utf-8")
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
