@@ -106,20 +106,20 @@ def build(
 
 def pristine_tree(line: Path = LINE) -> Path:
     """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path."""
-    return _built_tree(line, ())
+    return built_tree(line, ())
 
 
 def fixes_tree() -> Path:
     """The same with the default line's fixes, and nothing of its speed."""
-    return _built_tree(LINE, hatch_build.read_series(ROOT / LINE)[FIXES])
+    return built_tree(LINE, hatch_build.read_series(ROOT / LINE)[FIXES])
 
 
 def patched_tree(line: Path = LINE) -> Path:
     """The same with the patches of the line: its package, for tests to run on."""
-    return _built_tree(line, hatch_build.read_series(ROOT / line))
+    return built_tree(line, hatch_build.read_series(ROOT / line))
 
 
-def _built_tree(line: Path, series: Sequence[str]) -> Path:
+def built_tree(line: Path, series: Sequence[str]) -> Path:
     """What the hook builds from these patches of a line; in pytest's cache until one of its inputs changes."""
     patches = {name: (ROOT / line / name).read_bytes() for name in series}
     inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]

@@ -1,4 +1,7 @@
-"""That each test marked `regression` fails on the unpatched release, and passes on the fixes alone."""
+"""That each test marked `regression` fails on the unpatched release, and passes on the fixes alone.
+
+And that it is noticed if a patch is left out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from packaging_support import ROOT, fixes_tree
+from packaging_support import BACKPORT, LINE, ROOT, SPEED, built_tree, fixes_tree, hatch_build, pristine_tree
 
 # What a failure says, by the reason in the mark. A TypeError, a missing name or a shape that does not fit would make a
 # test fail as well, but would not show what is wrong with the answers.
@@ -67,3 +70,29 @@ def test_the_properties_and_the_regressions_hold_with_the_fixes_alone(tmp_path: 
 
     assert len([outcome for outcome in outcomes if outcome.reason]) > 30
     assert [outcome for outcome in outcomes if outcome.failure is not None] == []
+
+
+# patches without which the others apply, and a test that fails then
+NEEDED_BY = {
+    (LINE, "0005"): "tests/test_features.py::test_decoding_is_not_limited_by_what_is_in_the_cache",
+    (LINE, "0010"): "tests/test_cache.py::test_from_the_third_step_on_nothing_that_is_cached_is_copied",
+    (BACKPORT, "0003"): "tests/line_1_27/test_xpos.py::test_as_many_queries_as_the_dtype_can_represent_and_no_more",
+}
+PATCHES = [(line, name[:4]) for line in (LINE, BACKPORT) for name in hatch_build.read_series(ROOT / line)[: SPEED.stop]]
+
+
+@pytest.mark.parametrize(("line", "number"), [patch for patch in PATCHES if patch not in NEEDED_BY])
+def test_the_build_says_which_hunk_needs_a_patch_that_is_left_out(line: Path, number: str) -> None:
+    package = pristine_tree(line) / "x_transformers"
+    files = {f"x_transformers/{path.name}": path.read_bytes() for path in package.glob("*.py")}
+    patches = [patch for patch in hatch_build.read_patches(ROOT / line) if not patch.name.startswith(number)]
+    with pytest.raises(hatch_build.PatchError, match=r"(?s)^\S+\.patch (does not apply|applies) .*[Hh]unk #?\d+"):
+        hatch_build.apply_series(files, patches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "number"), NEEDED_BY)
+def test_a_test_fails_without_a_patch_that_is_left_out(line: Path, number: str, tmp_path: Path) -> None:
+    tree = built_tree(line, [name for name in hatch_build.read_series(ROOT / line) if name[:4] != number])
+    outcomes = run(tmp_path, f"--package={tree}", NEEDED_BY[line, number], HYPOTHESIS_PROFILE="quick")
+    assert [outcome for outcome in outcomes if outcome.failure is not None]
