@@ -53,6 +53,7 @@ NOT_ABOUT_THE_PACKAGE = {
     "test_regressions.py",
     "test_swap.py",
     "test_tool.py",
+    "test_torch.py",
     "test_try_release.py",
 }
 
