@@ -42,12 +42,10 @@ _CALL_BACKEND = "import sys, hatchling.build; print(getattr(hatchling.build, sys
 
 def copy_project(directory: Path) -> Path:
     """The files of the repository that a build reads."""
-    directory.mkdir(parents=True)
+    for folder in ("patches", "tests", "x_transformers/xpos"):
+        shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
     for name in _PROJECT:
         shutil.copyfile(ROOT / name, directory / name)
-    own_module = Path("x_transformers", "xpos")
-    for folder in (Path("patches"), Path("tests"), own_module):
-        shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
     return directory
 
 
@@ -148,13 +146,21 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
     return tree
 
 
+# of who commits
+IDENTITY = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
 def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run git in a repository, with nobody's settings."""
-    identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = clean_environment(
-        GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", HOME=str(repository.parent), LC_ALL="C", **identity
-    )
+    settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(repository.parent)}
+    environment = clean_environment(LC_ALL="C", **settings, **IDENTITY)
     return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
+
+
+def make_repository(repository: Path, subject: str) -> None:
+    """A git repository of the files in a folder, in one commit."""
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", subject]):
+        assert git(repository, *command).returncode == 0
 
 
 def make_patch(path: str, old: bytes | None, new: bytes | None) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from packaging_support import BACKPORT, FIXES, LINE, ROOT, SPEED, git, hatch_build, snapshot
+from packaging_support import BACKPORT, FIXES, LINE, ROOT, SPEED, git, hatch_build, make_repository, snapshot
 
 LINES = [ROOT / BACKPORT, ROOT / LINE]
 PATCHES = [line / name for line in LINES for name in hatch_build.read_series(line)]
@@ -65,8 +65,7 @@ def test_git_am_gives_what_the_build_gives(
     release, patches = releases[line.name], hatch_build.read_series(line)
     repository = tmp_path / "upstream"
     hatch_build.write_files(release.files, repository)
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "the pinned release"]):
-        assert git(repository, *command).returncode == 0
+    make_repository(repository, "the pinned release")
     result = git(repository, "am", *(str(line / name) for name in patches))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
