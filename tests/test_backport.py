@@ -18,8 +18,9 @@ NAME_ERROR = "NameError: name 'seq_len' is not defined"
 LEFT_OUT = {"cached-new", "shift", "scores-shards", "added-kv", "context-pos"}
 
 
-def test_its_tests_pass(tmp_path: Path) -> None:
-    outcomes = run(tmp_path, f"--package={patched_tree(BACKPORT)}", TESTS)
+@pytest.mark.parametrize("examples", ["quick", pytest.param("default", marks=pytest.mark.slow)])
+def test_its_tests_pass(examples: str, tmp_path: Path) -> None:
+    outcomes = run(tmp_path, f"--package={patched_tree(BACKPORT)}", TESTS, HYPOTHESIS_PROFILE=examples)
     assert len(outcomes) > 50
     assert [outcome for outcome in outcomes if outcome.failure is not None] == []
 

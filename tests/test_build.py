@@ -97,11 +97,6 @@ def line(request: pytest.FixtureRequest) -> Line:
     return found
 
 
-@pytest.fixture
-def release(default: Line) -> hatch_build.Release:
-    return default.release
-
-
 # what a build gives
 
 
@@ -243,7 +238,7 @@ def failed(
 ) -> str:
     """What a build says that must fail, without a result, a leftover or a change."""
     files, out, temporary = snapshot(project), tmp_path / "refused", tmp_path / "temporary"
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     result = call_backend(hook, project, out, {**environment, "TMPDIR": str(temporary)}, before)
     assert result.returncode != 0
     assert not [path for path in out.iterdir() if path.suffix in (".whl", ".gz")]
@@ -275,10 +270,8 @@ def test_a_disk_that_is_full(hook: str, room: int, default: Line, project: Path,
 
 def test_an_editable_install_is_refused_with_what_to_do_instead(line: Line, project: Path, tmp_path: Path) -> None:
     root = package_root(project, line.folder)
-    message = refused("build_editable", root, offline(line.wheelhouse), tmp_path)
-    assert len(message.strip().splitlines()) == 1
-    for way_out in ("`pip install .`", "patches/README.md", "`pytest --package=DIR`"):
-        assert way_out in message
+    said = refused("build_editable", root, offline(line.wheelhouse), tmp_path)
+    assert said.strip() == f"error: {hatch_build.NO_EDITABLE_INSTALL}"
 
 
 HASH = "sha256:[0-9a-f]{64}"
@@ -308,8 +301,7 @@ def test_a_checkout_or_an_environment_that_does_not_fit(
     else:
         environment[name] = replacement
     said = refused("build_wheel", project, environment, tmp_path)
-    for message in messages:
-        assert message in said
+    assert [message for message in messages if message not in said] == []
 
 
 @pytest.mark.parametrize("name", ["surprise/__init__.py", "x_transformers/xpos/__init__.py", "x_transformers/xpos.py"])
@@ -341,23 +333,19 @@ def test_a_tampered_sdist(hook: str, line: Line, tmp_path: Path) -> None:
     edit(unpacked / line.folder / "upstream.txt", HASH, f"sha256:{'0' * 64}")
     edit(unpacked / "pyproject.toml", r"\+xpos\.\d+", "+xpos.99")
 
-    message = refused(hook, unpacked, clean_environment(PIP_NO_INDEX="1"), tmp_path)
-    assert "x_transformers/attend.py was modified" in message
-    assert f"{MAIN} is missing" in message
-    assert "x_transformers/surprise.py was added" in message
-    assert f"the patches in patches/{line.folder.name}/ are not those of the record" in message
-    assert "upstream.txt pins another release than the record's" in message
-    assert "+xpos.99, the record" in message
+    said = refused(hook, unpacked, clean_environment(PIP_NO_INDEX="1"), tmp_path)
+    messages = ["x_transformers/attend.py was modified", f"{MAIN} is missing", "x_transformers/surprise.py was added"]
+    messages += [f"the patches in patches/{line.folder.name}/ are not those of the record", "+xpos.99, the record"]
+    messages += ["upstream.txt pins another release than the record's"]
+    assert [message for message in messages if message not in said] == []
 
 
-@pytest.mark.parametrize(("record", "message"), [("{}", "not a record"), (None, f"this sdist lacks {RECORD}")])
-def test_an_sdist_without_its_record(record: str | None, message: str, default: Line, tmp_path: Path) -> None:
-    unpacked = default.unpack(tmp_path)
-    if record is None:
-        (unpacked / RECORD).unlink()
-    else:
-        (unpacked / RECORD).write_text(record, encoding="utf-8")
-    assert message in refused("build_wheel", unpacked, clean_environment(PIP_NO_INDEX="1"), tmp_path)
+def test_an_sdist_without_its_record(default: Line, tmp_path: Path) -> None:
+    unpacked, environment = default.unpack(tmp_path), clean_environment(PIP_NO_INDEX="1")
+    (unpacked / RECORD).write_text("{}", encoding="utf-8")
+    assert "not a record" in refused("build_wheel", unpacked, environment, tmp_path)
+    (unpacked / RECORD).unlink()
+    assert f"this sdist lacks {RECORD}" in refused("build_wheel", unpacked, environment, tmp_path)
 
 
 # the series and the patches
@@ -384,28 +372,28 @@ def test_series_is_in_quilts_format(series: bytes, message: str | None, tmp_path
             hatch_build.read_series(tmp_path)
 
 
-def test_a_patch_that_does_not_apply(release: hatch_build.Release) -> None:
-    old = release.files[DPO]
+def test_a_patch_that_does_not_apply(default: Line) -> None:
+    old = default.release.files[DPO]
     last = old.splitlines(keepends=True)[-1]
     foreign = old.replace(last, b"# not upstream's\n" + last)
-    good = make_patch(XVAL, release.files[XVAL], b"# new\n" + release.files[XVAL])
+    good = make_patch(XVAL, default.release.files[XVAL], b"# new\n" + default.release.files[XVAL])
     bad = make_patch(DPO, foreign, b"# new\n" + foreign.replace(last, last + b"# more\n"))
     patches = [hatch_build.Patch("0001-good.patch", good), hatch_build.Patch("0002-bad.patch", bad)]
     with pytest.raises(hatch_build.PatchError, match=f"0002-bad.patch does not apply to {PINNED}:\n") as caught:
-        hatch_build.apply_series(release.files, patches, release=release)
+        hatch_build.apply_series(default.release.files, patches, release=default.release)
     assert caught.value.patch == "0002-bad.patch"
     (hunk,) = caught.value.hunks
     assert hunk.startswith(f"{DPO}: hunk 2, at line ")
     assert f"  {hunk}\nRefresh the patch: patches/README.md says how." in str(caught.value)
 
 
-def test_a_patch_that_applies_only_with_an_offset(release: hatch_build.Release) -> None:
-    old = release.files[DPO]
+def test_a_patch_that_applies_only_with_an_offset(default: Line) -> None:
+    old = default.release.files[DPO]
     moved = b"# moved\n# moved\n" + old
     patches = [hatch_build.Patch("0001-moved.patch", make_patch(DPO, moved, moved + b"# new\n"))]
     with pytest.raises(hatch_build.PatchError, match=r"only at other lines than it says:\n +Hunk #1 .*offset -2 lines"):
-        hatch_build.apply_series(release.files, patches)
-    assert hatch_build.apply_series(release.files, patches, allow_offsets=True)[DPO] == old + b"# new\n"
+        hatch_build.apply_series(default.release.files, patches)
+    assert hatch_build.apply_series(default.release.files, patches, allow_offsets=True)[DPO] == old + b"# new\n"
 
 
 ADDED = make_patch("x_transformers/a.py", None, b"a\n")
@@ -428,21 +416,21 @@ MODE = f"diff --git a/{DPO} b/{DPO}\nold mode 100644\nnew mode 100755\n".encode(
         (f"diff --git a/{DPO} b/{DPO}\nrename from {DPO}\nrename to {DPO}\n".encode(), "no change: "),
     ],
 )
-def test_a_patch_that_is_none_or_reaches_elsewhere(patch: bytes, message: str, release: hatch_build.Release) -> None:
+def test_a_patch_that_is_none_or_reaches_elsewhere(patch: bytes, message: str, default: Line) -> None:
     with pytest.raises(hatch_build.PatchError, match=rf"(?s)0001-a.patch.* {message}"):
-        hatch_build.apply_series(release.files, [hatch_build.Patch("0001-a.patch", patch)])
+        hatch_build.apply_series(default.release.files, [hatch_build.Patch("0001-a.patch", patch)])
 
 
-def test_a_patch_that_removes_or_renames_a_file(release: hatch_build.Release) -> None:
+def test_a_patch_that_removes_or_renames_a_file(default: Line) -> None:
     new = "x_transformers/b.py"
     rename = f"diff --git a/{DPO} b/{new}\nsimilarity index 100%\nrename from {DPO}\nrename to {new}\n"
     patches = [
-        hatch_build.Patch("0001-remove.patch", make_patch(XVAL, release.files[XVAL], None)),
+        hatch_build.Patch("0001-remove.patch", make_patch(XVAL, default.release.files[XVAL], None)),
         hatch_build.Patch("0002-rename.patch", rename.encode()),
     ]
-    files = hatch_build.apply_series(release.files, patches)
-    assert release.files.keys() - files.keys() == {DPO, XVAL}
-    assert files[new] == release.files[DPO]
+    files = hatch_build.apply_series(default.release.files, patches)
+    assert default.release.files.keys() - files.keys() == {DPO, XVAL}
+    assert files[new] == default.release.files[DPO]
 
 
 # the metadata
@@ -471,8 +459,6 @@ Requires-Dist: flash_attn; extra == 'flash-attn'
 """
 WRITE = 'write "1.2+xpos.1", or a later +xpos.<n>'
 MISSING, NOT_THEIRS = "upstream's requirement is missing: ", "a requirement is not upstream's: "
-
-
 OTHER_VERSIONS = ("1.2", "1.2+xpos", "1.2+xpos.0", "1.2.0+xpos.1", "1.3+xpos.1", "1.2+xpos.1.dev1")
 
 
@@ -491,5 +477,6 @@ def test_metadata_that_differs_from_upstreams(old: str, new: str, messages: list
 
 
 def test_a_python_version_is_not_invented() -> None:
-    (message,) = hatch_build.metadata_differences(UPSTREAM.replace("Requires-Python: >=3.9\n", ""), OURS)
-    assert message == 'requires-python is ">=3.9", and upstream has none: remove it'
+    upstream = UPSTREAM.replace("Requires-Python: >=3.9\n", "")
+    said = ['requires-python is ">=3.9", and upstream has none: remove it']
+    assert hatch_build.metadata_differences(upstream, OURS) == said

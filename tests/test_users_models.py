@@ -46,7 +46,9 @@ CACHE = ("cached-whole", "cached-new", "chunked")
 
 @leaves_out(*CACHE, "mems", because="plain rotary")
 def alibi() -> nn.Module:
-    return language_model(8192, alibi_pos_bias=True, attn_flash=True, attn_one_kv_head=True, attn_qk_norm=True)
+    return language_model(
+        8192, alibi_pos_bias=True, attn_flash=True, attn_one_kv_head=True, attn_qk_norm=True
+    )
 
 
 class Autocast(nn.Module):

@@ -27,13 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import x_transformers
-from x_transformers import (
-    Attention,
-    AutoregressiveWrapper,
-    ContinuousTransformerWrapper,
-    Decoder,
-    XLAutoregressiveWrapper,
-)
+from x_transformers import Attention, AutoregressiveWrapper, ContinuousTransformerWrapper, Decoder
 from x_transformers.x_transformers import RotaryEmbedding
 from x_transformers.xpos import prefill
 
@@ -281,21 +275,18 @@ def test_as_many_queries_as_the_dtype_can_represent_and_no_more(dtype, flash):
 
 @pytest.mark.regression
 def test_other_wrappers() -> None:
-    positions = dict(rotary_xpos=True, rotary_xpos_scale_base=8)
-    x, embeddings = tokens(0, 2, 25), randn(0, 2, 25, 3)
+    positions, x = dict(rotary_xpos=True, rotary_xpos_scale_base=8), tokens(0, 2, 25)
+    embeddings = randn(0, 2, 25, 3)
     net = ContinuousTransformerWrapper(dim_in=3, dim_out=5, max_seq_len=64, attn_layers=Decoder(**SMALL, **positions))
     assert_equal_to_rounding(prepared(net)(embeddings[:, :8]), prepared(net)(embeddings)[:, :8])
-
-    in_segments = prepared(language_model(x_transformers, max_seq_len=7, **positions))
-    assert_equal_to_rounding(XLAutoregressiveWrapper(in_segments)(x), AutoregressiveWrapper(in_segments)(x))
 
     both = prepared(encoder_decoder(x_transformers, **{f"dec_{name}": value for name, value in positions.items()}))
     ways = (both.generate(x, x[:, :3], 20, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False))
     assert torch.equal(*ways)
 
 
-def language_model(package: Any, max_seq_len: int = 64, **options: Any) -> Module:
-    sizes = dict(num_tokens=NUM_TOKENS, max_seq_len=max_seq_len, max_mem_len=64)
+def language_model(package: Any, **options: Any) -> Module:
+    sizes = dict(num_tokens=NUM_TOKENS, max_seq_len=64, max_mem_len=64)
     return package.TransformerWrapper(**sizes, attn_layers=package.Decoder(**SMALL, **options))
 
 
