@@ -61,14 +61,6 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
-def download_pinned_release(directory: Path, line: Path = LINE) -> Path:
-    """A wheelhouse with the pinned release, from wherever the user's own pip finds packages."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["-r", str(ROOT / line / "upstream.txt"), "-d", str(directory)]
-    subprocess.run(command, check=True)
-    return directory
-
-
 def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
     """An environment whose pip has nothing but the wheelhouse."""
     return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheelhouse), **variables)
