@@ -34,8 +34,6 @@ from x_transformers.xpos import prefill
 # upstream's own: the release is older than torch's new names
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# gradients are zero where there is none
-OF_ALL: dict[str, Any] = dict(allow_unused=True, materialize_grads=True)
 SMALL: dict[str, Any] = dict(dim=16, depth=2, heads=4, attn_dim_head=32)
 
 
@@ -109,16 +107,16 @@ def test_what_is_computed_in_parts_equals_the_full_forward(way, options, seed, l
     assert_equal_to_rounding(OWN_WAYS[way](model, x, lens), model(x))
 
 
+def gradients(net: Module, out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out.square().sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
+
+
 @given(decoder_options(), seeds, splits())
 @pytest.mark.regression
 def test_gradients_do_not_depend_on_what_follows(options, seed, lens):
     model, x = build(options, seed).requires_grad_(True), tokens(seed, 2, sum(lens))
-    params = list(model.parameters())
-    outputs = model(x[:, : lens[0]]), model(x)[:, : lens[0]]
 
-    prefix, full = (
-        torch.autograd.grad(out.square().sum(), params, materialize_grads=True, allow_unused=True) for out in outputs
-    )
+    prefix, full = gradients(model, model(x[:, : lens[0]])), gradients(model, model(x)[:, : lens[0]])
 
     for found, expected in zip(prefix, full):
         assert_equal_to_rounding(found, expected)
@@ -311,9 +309,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 def answers(net: Any, x: Tensor) -> Iterator[Tensor]:
     half = x.shape[1] // 2
     yield net(x)
-    yield from torch.autograd.grad(
-        net(x).square().sum(), list(net.parameters()), allow_unused=True, materialize_grads=True
-    )
+    yield from gradients(net, net(x))
     yield net(x, cache=net(x[:, :half], return_intermediates=True)[1], cache_age=half)
     yield net(x[:, half:], mems=net(x[:, :half], return_mems=True)[1])
     yield net(x, seq_start_pos=torch.tensor([3, 0]))
