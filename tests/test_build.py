@@ -431,47 +431,30 @@ def test_a_patch_that_removes_or_renames_a_file(default: Line) -> None:
 # the metadata
 
 
-UPSTREAM = """\
-Name: upstream
-Version: 1.2
-Requires-Python: >=3.9
-Requires-Dist: torch>=2.0
-Requires-Dist: tomli; python_version < "3.11"
-Requires-Dist: mock>=1; (python_version < "3.11") and extra == 'test'
-Requires-Dist: flash-attn; extra == 'flash_attn'
-
-body
-"""
-OURS = """\
-Name: upstream
-Version: 1.2+xpos.12
-Requires-Python: >=3.9
-Requires-Dist: Torch >= 2.0
-Requires-Dist: tomli; python_version<'3.11'
-Requires-Dist: mock>=1; (python_version < '3.11') and extra == 'test'
-Requires-Dist: ours; extra == 'test'
-Requires-Dist: flash_attn; extra == 'flash-attn'
-"""
-WRITE = 'write "1.2+xpos.1", or a later +xpos.<n>'
+WRITE = f'write "{PINNED.partition("==")[2]}+xpos.1", or a later +xpos.<n>'
+VERSION = VERSIONS[LINE]
+NOT_FOLLOWING = ("2.31.10", "2.31.10+xpos", "2.31.10+xpos.0", "2.31.10.0+xpos.1", "2.32+xpos.1", f"{VERSION}.dev1")
 MISSING, NOT_THEIRS = "upstream's requirement is missing: ", "a requirement is not upstream's: "
-OTHER_VERSIONS = ("1.2", "1.2+xpos", "1.2+xpos.0", "1.2.0+xpos.1", "1.3+xpos.1", "1.2+xpos.1.dev1")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "messages"),
     [
-        ("", "", []),
-        *(("1.2+xpos.12", version, [f'version is "{version}", {WRITE}']) for version in OTHER_VERSIONS),
-        (">=3.9", ">=3.10", ['requires-python is ">=3.10", write ">=3.9"']),
-        ("Torch", "numpy", [f"{MISSING}torch>=2.0", f"{NOT_THEIRS}numpy>=2.0"]),
-        ("mock", "mocks", [f'{MISSING}mock>=1; python_version < "3.11" and extra == "test"']),
+        (VERSION, "2.31.10+xpos.12", []),
+        ("flash-attn>=2.0; extra == 'flash-pack-seq'", 'Flash_attn >= 2.0; extra == "flash_pack_seq"', []),
+        *((VERSION, version, [f'version is "{version}", {WRITE}']) for version in NOT_FOLLOWING),
+        ("Python: >=3.9", "Python: >=3.10", ['requires-python is ">=3.10", write ">=3.9"']),
+        ("einops>=", "numpy>=", [f"{MISSING}einops>=0.8.0", f"{NOT_THEIRS}numpy>=0.8.0"]),
+        ("lion-pytorch", "lion", [f'{MISSING}lion-pytorch; extra == "examples"']),
     ],
 )
-def test_metadata_that_differs_from_upstreams(old: str, new: str, messages: list[str]) -> None:
-    assert hatch_build.metadata_differences(UPSTREAM, OURS.replace(old, new)) == messages
-
-
-def test_a_python_version_is_not_invented() -> None:
-    upstream = UPSTREAM.replace("Requires-Python: >=3.9\n", "")
-    said = ['requires-python is ">=3.9", and upstream has none: remove it']
-    assert hatch_build.metadata_differences(upstream, OURS) == said
+def test_metadata_that_differs_from_upstreams(old: str, new: str, messages: list[str], default: Line) -> None:
+    with zipfile.ZipFile(default.wheel) as archive:
+        ours = archive.read(f"x_transformers-{VERSION}.dist-info/METADATA").decode().partition("\n\n")[0]
+    theirs = default.release.metadata
+    assert hatch_build.metadata_differences(theirs, ours.replace(old, new)) == messages
+    # and a Python version is not invented
+    python = 'requires-python is ">=3.9", and upstream has none: remove it'
+    if not messages:
+        theirs = theirs.replace("Requires-Python: >=3.9\n", "")
+        assert hatch_build.metadata_differences(theirs, ours) == [python]
