@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging_support import IDENTITY, ROOT, clean_environment, git, make_repository
+from packaging_support import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository
 
 from x_transformers.x_transformers import RotaryEmbedding
 
@@ -149,10 +149,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if not (ROOT / ".git").exists():
         pytest.skip("not in a clone of the repository")
     clone = tmp_path_factory.mktemp("reader") / "clone"
-    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, clone / name)
+    names = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    hatch_build.write_files({name: (ROOT / name).read_bytes() for name in names if (ROOT / name).is_file()}, clone)
     make_repository(clone, "all")
     (clone / "train.py").write_text(TRAIN, encoding="utf-8")
     subprocess.run([sys.executable, "-m", "venv", str(clone.parent / "venv")], check=True)
