@@ -23,15 +23,13 @@ def complex_pairs(t: Tensor) -> Tensor:
 
 
 def angular_frequency(dim: int, base: float = 10_000.0, interpolation_factor: float = 1.0) -> Tensor:
-    """(D / 2,) radians per position."""
-    d = torch.arange(dim // 2, dtype=torch.float64)
-    return base ** (-2 * d / dim) / interpolation_factor
+    """(D / 2,) radians per position; of an odd D one more, as upstream has it."""
+    return base ** -(torch.arange(0, dim, 2).double() / dim) / interpolation_factor
 
 
 def decay(dim: int) -> Tensor:
     """(D / 2,) zeta, between 0 and 1."""
-    d = torch.arange(dim // 2, dtype=torch.float64)
-    return (2 * d / dim + GAMMA) / (1 + GAMMA)
+    return (torch.arange(0, dim, 2).double() / dim + GAMMA) / (1 + GAMMA)
 
 
 def rescaled_base(dim: int, base_rescale_factor: float) -> float:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Module
@@ -16,6 +17,9 @@ NUM_TOKENS = 32
 MAX_SEQ_LEN = 256
 
 seeds = st.integers(0, 2**16)
+
+# for what is run for every case of a table, or takes a model many calls
+few = settings(max_examples=max(settings.default.max_examples // 4, 10))
 
 # distances that positions are moved by: small ones, and far beyond any context
 shifts = st.one_of(st.integers(1, 64), st.integers(1, 1_000_000))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -12,7 +13,9 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 from packaging_support import LINE, ROOT, clean_environment, git, hatch_build, pristine_tree
+from pristine import pristine_imports
 
 import x_transformers
 
@@ -36,25 +39,19 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return repository
 
 
-def outcomes(tests: Path, tree: Path, tmp_path: Path) -> dict[str, str]:
+def outcomes(tests: Path, tree: Path, directory: Path) -> dict[str, str]:
     """Passed or failed, by test, of a folder of tests on the package in a tree."""
-    report = tmp_path / "report.xml"
+    report = directory / "report.xml"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += [f"--rootdir={tests}", "-c", os.devnull, str(tests)]
     environment = clean_environment(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
     # not from the repository itself, whose own package would be found first
-    result = subprocess.run(
-        [*command, f"--rootdir={tests}", "-c", os.devnull, str(tests)],
-        cwd=tmp_path,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
+    result = subprocess.run(command, cwd=directory, env=environment, text=True, capture_output=True)
     assert result.returncode in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), result.stdout + result.stderr
-    found = {}
-    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-        bad = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        found[f"{case.get('classname')}::{case.get('name')}"] = bad
-    return found
+    return {
+        f"{case.get('classname')}::{case.get('name')}": next((child.tag for child in case), "passed")
+        for case in xml.etree.ElementTree.parse(report).iter("testcase")
+    }
 
 
 def test_the_patch_with_tests_adds_nothing_but_tests(repository: Path) -> None:
@@ -76,68 +73,43 @@ def test_its_tests_fail_without_the_series_and_pass_with_it(repository: Path, tm
     assert int(stated[1]) == len(patched)
 
 
-def reproductions() -> list[str]:
-    """The code of each reproduction in the text of the pull request."""
-    text = (ROOT / "patches" / "README.md").read_text(encoding="utf-8").partition("### The text of the pull request")[2]
-    quoted = "\n".join(re.sub(r"^> ?", "", line) for line in text.splitlines())
-    found = re.findall(r"^ *```python\n(.*?)^ *```", quoted, re.DOTALL | re.MULTILINE)
-    return [textwrap.dedent(code) for code in found]
+# the code of each reproduction in the text of the pull request
+TEXT = (ROOT / "patches" / "README.md").read_text(encoding="utf-8").partition("### The text of the pull request")[2]
+QUOTED = re.sub(r"^> ?", "", TEXT, flags=re.MULTILINE)
+REPRODUCTIONS = [textwrap.dedent(c) for c in re.findall(r"^ *```python\n(.*?)^ *```", QUOTED, re.DOTALL | re.MULTILINE)]
 
 
-REPRODUCTIONS = reproductions()
-RUN_EACH = """
-import contextlib, io, json, sys, torch
-for code in json.load(sys.stdin):
+def prints(code: str) -> str:
+    """Its last line, or the error that it ends with."""
     torch.manual_seed(0)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             exec(code, {})
         except Exception as error:
             print(type(error).__name__)
-    print(printed.getvalue().splitlines()[-1])
-"""
-
-
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The last line of each reproduction, or the error that it ends with, before the series and after."""
-    found = {}
-    for when, tree in (("before", pristine_tree()), ("after", FORK)):
-        result = subprocess.run(
-            [sys.executable, "-c", RUN_EACH],
-            cwd=tmp_path_factory.mktemp(when),
-            env=clean_environment(PYTHONPATH=str(tree)),
-            input=json.dumps(REPRODUCTIONS),
-            text=True,
-            capture_output=True,
-        )
-        assert result.returncode == 0, result.stderr
-        found[when] = result.stdout.splitlines()
-    return found
+    return printed.getvalue().splitlines()[-1]
 
 
 def test_all_patches_but_those_on_speed_and_shards_have_a_reproduction() -> None:
-    text = (ROOT / "patches" / "README.md").read_text(encoding="utf-8")
-    names = re.findall(r"^> \d\. .*\((\d{4})\)$", text, re.MULTILINE)
+    names = re.findall(r"^\d\. .*\((\d{4})\)$", QUOTED, re.MULTILINE)
     assert names == ["0001", "0001", "0001", "0002", "0003", "0004", "0005", "0006", "0007"]
-    assert len(REPRODUCTIONS) == 9
+    assert len(REPRODUCTIONS) == len(names)
 
 
-@pytest.mark.parametrize("number", range(len(REPRODUCTIONS)))
-def test_a_reproduction_prints_what_it_says(number: int, printed: dict[str, list[str]]) -> None:
-    code = REPRODUCTIONS[number]
+@pytest.mark.parametrize("code", REPRODUCTIONS, ids=range(len(REPRODUCTIONS)))
+def test_a_reproduction_prints_what_it_says_before_the_series_and_after(code: str) -> None:
     assert len(code.splitlines()) <= 10
-    stated = code.rpartition(" # ")[2].strip().split(" -> ")
-    for says, prints in zip(stated, (printed["before"][number], printed["after"][number])):
+    with pristine_imports():
+        before = prints(code)
+    for says, printed in zip(code.rpartition(" # ")[2].strip().split(" -> "), (before, prints(code)), strict=True):
         if says == "nan" or says.endswith("Error"):
-            assert prints == says
+            assert printed == says
         elif float(says) > 1e-2:
             # by how much depends on the random numbers, which are not the same for every version of torch
-            assert float(prints) > 1e-2
+            assert float(printed) > 1e-2
         else:
             # outputs are below 8, where a rounding error of float32 is 5e-7, and some are added up
-            assert float(prints) < 1e-5
+            assert float(printed) < 1e-5
 
 
 @pytest.mark.slow

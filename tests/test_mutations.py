@@ -14,9 +14,7 @@ from packaging_support import ROOT, patched_tree, pristine_tree
 
 FILE = "x_transformers/x_transformers.py"
 # in the order in which they are likely to tell, cheap ones first
-TESTS = [
-    f"tests/test_{name}.py" for name in ("rotary", "features", "properties", "cache", "wrappers", "survey", "compile")
-]
+NAMES = ("rotary", "features", "properties", "cache", "wrappers", "survey", "compile")
 # undoing these brings back lines that are never reached
 SAME = {"        return freqs, 1.\n"}
 
@@ -42,9 +40,8 @@ def test_without_these_lines_a_test_fails(lines: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("".join(undone()[lines]), encoding="utf-8")
 
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider"]
+    command += [f"--package={tmp_path}", *(f"tests/test_{name}.py" for name in NAMES)]
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "quick"}
-    result = subprocess.run(
-        [*command, f"--package={tmp_path}", *TESTS], cwd=ROOT, env=environment, text=True, capture_output=True
-    )
+    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     # a package that cannot even be imported is a usage error, or one of collection
     assert result.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), result.stdout

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import build, decoder_options, models, seeds, shifts, splits, tokens
+from strategies import build, decoder_options, few, models, seeds, shifts, splits, tokens
 from torch import Tensor
 
 from x_transformers import TransformerWrapper
@@ -34,50 +34,26 @@ def assert_equal_to_rounding(actual: Tensor, expected: Tensor, position: int = 0
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def decode(model: TransformerWrapper, x: Tensor, prompt_len: int, **kwargs) -> Tensor:
-    """Logits (b, n, c) of a prompt and then one token at a time, the whole sequence passed at each step."""
-    logits, cache = model(x[:, :prompt_len], return_intermediates=True, **kwargs)
-    out = [logits]
-
-    for end in range(prompt_len + 1, x.shape[1] + 1):
-        logits, cache = model(x[:, :end], cache=cache, return_intermediates=True, **kwargs)
-        out.append(logits)
-
-    return torch.cat(out, dim=1)
-
-
-def prefill(model: TransformerWrapper, x: Tensor, chunk_lens: list[int], **kwargs) -> Tensor:
-    """Logits (b, n, c) of consecutive chunks, each passed without what is in the cache."""
-    return prefill_with_cache(model, x, chunk_lens, **kwargs)[0]
-
-
 def prefill_with_cache(
-    model: TransformerWrapper, x: Tensor, chunk_lens: list[int], **kwargs
+    model: TransformerWrapper, x: Tensor, lens: list[int], *, whole: bool = False, pos: Tensor | None = None, **kwargs
 ) -> tuple[Tensor, LayerIntermediates]:
-    out, cache = [], None
+    """Logits (b, n, c) of consecutive parts, and the cache; each is passed alone, or as the end of the `whole`."""
+    out, cache, end = [], None, 0
 
-    for chunk in x.split(chunk_lens, dim=1):
-        logits, cache = model(
-            chunk,
-            cache=cache,
-            cache_age=chunk.shape[1],
-            input_not_include_cache=True,
-            return_intermediates=True,
-            **kwargs,
-        )
+    for new in lens:
+        end += new
+        passed = slice(0 if whole else end - new, end)
+        if pos is not None:
+            kwargs["pos"] = pos[..., passed]
+        kwargs.update(cache=cache, cache_age=new, input_not_include_cache=not whole, return_intermediates=True)
+        logits, cache = model(x[:, passed], **kwargs)
         out.append(logits)
 
     return torch.cat(out, dim=1), cache
 
 
-def whole_sequence_and_how_much_is_new(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
-    """As in speculative decoding: `cache_age` says how much of it is new."""
-    out, cache, end = [], None, 0
-    for new in lens:
-        end += new
-        logits, cache = model(x[:, :end], cache=cache, cache_age=new, return_intermediates=True)
-        out.append(logits)
-    return torch.cat(out, dim=1)
+def one_at_a_time(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
+    return prefill_with_cache(model, x, [lens[0]] + [1] * sum(lens[1:]), whole=True)[0]
 
 
 def segments(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
@@ -86,6 +62,12 @@ def segments(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
         logits, mems = model(segment, mems=mems, return_mems=True)
         out.append(logits)
     return torch.cat(out, dim=1)
+
+
+def behind_mems(model: TransformerWrapper, x: Tensor, lens: list[int], whole: bool) -> Tensor:
+    first, mems = model(x[:, : lens[0]], return_mems=True)
+    rest, _ = prefill_with_cache(model, x[:, lens[0] :], lens[1:], whole=whole, mems=mems)
+    return torch.cat((first, rest), dim=1)
 
 
 def layers_alone(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tensor:
@@ -99,16 +81,19 @@ def layers_alone(model: TransformerWrapper, x: Tensor, lens: list[int]) -> Tenso
 
 WAYS = {
     "prefix, then all": lambda model, x, lens: torch.cat((model(x[:, : lens[0]]), model(x)[:, lens[0] :]), dim=1),
-    "one token at a time": lambda model, x, lens: decode(model, x, lens[0]),
-    "several tokens at once": whole_sequence_and_how_much_is_new,
-    "chunks": prefill,
+    "one token at a time": one_at_a_time,
+    "several tokens at once": lambda model, x, lens: prefill_with_cache(model, x, lens, whole=True)[0],
+    "chunks": lambda model, x, lens: prefill_with_cache(model, x, lens)[0],
     "segments with mems": segments,
+    "several tokens at once behind mems": lambda *args: behind_mems(*args, whole=True),
+    "chunks behind mems": lambda *args: behind_mems(*args, whole=False),
     "layers alone": layers_alone,
     "prefix prepended": lambda model, x, lens: model(x[:, lens[0] :], prepend_embeds=model.token_emb(x[:, : lens[0]])),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
+@few
 @given(models(max_mem_len=1024), seeds, splits())
 def test_what_is_computed_in_parts_equals_the_full_forward(way, model, seed, lens):
     x = tokens(seed, 2, sum(lens))
@@ -116,46 +101,15 @@ def test_what_is_computed_in_parts_equals_the_full_forward(way, model, seed, len
     assert_equal_to_rounding(WAYS[way](model, x, lens), model(x))
 
 
-@given(models(max_mem_len=1024), seeds, splits(max_len=12), splits(max_len=12))
-def test_decoding_with_mems_equals_the_full_forward(model, seed, mem_lens, lens):
-    x = tokens(seed, 2, sum(mem_lens) + sum(lens))
-    mems = None
-
-    for segment in x[:, : sum(mem_lens)].split(mem_lens, dim=1):
-        _, mems = model(segment, mems=mems, return_mems=True)
-
-    segment = x[:, sum(mem_lens) :]
-    expected = model(x)[:, sum(mem_lens) :]
-
-    assert_equal_to_rounding(decode(model, segment, lens[0], mems=mems), expected)
-    assert_equal_to_rounding(prefill(model, segment, lens, mems=mems), expected)
-
-
-@given(models(), seeds, st.integers(2, 12), st.lists(st.integers(0, 20), min_size=1, max_size=3))
-def test_left_padding_changes_nothing(model, seed, seq_len, pads):
-    batch, widest = len(pads), max(pads)
-    x = tokens(seed, batch, seq_len)
-    filler = tokens(seed + 1, batch, widest)
-    padded = torch.stack([torch.cat((filler[i], x[i])) for i in range(batch)])
-    start = torch.full((batch,), widest)
-
-    expected = model(x)
-
-    assert_equal_to_rounding(model(padded, seq_start_pos=start)[:, widest:], expected)
-    assert_equal_to_rounding(decode(model, padded, widest + 1, seq_start_pos=start)[:, widest:], expected)
-
-
-@given(models(), seeds, st.lists(st.integers(1, 24), min_size=2, max_size=3))
-def test_prompts_of_several_lengths_decode_as_each_alone(model, seed, lens):
+@given(models(), seeds, st.lists(st.integers(1, 24), min_size=1, max_size=3), st.integers(1, 4))
+def test_rows_padded_on_the_left_decode_as_each_alone(model, seed, lens, new):
     widest = max(lens)
-    x = tokens(seed, len(lens), widest)
-    start = torch.tensor([widest - n for n in lens])
+    x, starts = tokens(seed, len(lens), widest + new), [widest - n for n in lens]
 
-    together = model(x, seq_start_pos=start)
+    together, _ = prefill_with_cache(model, x, [widest] + [1] * new, whole=True, seq_start_pos=torch.tensor(starts))
 
-    for row, n in enumerate(lens):
-        alone = model(x[row : row + 1, widest - n :])
-        assert_equal_to_rounding(together[row : row + 1, widest - n :], alone)
+    for row, start in enumerate(starts):
+        assert_equal_to_rounding(together[row, None, start:], model(x[row, None, start:]))
 
 
 # decays fast enough that a center which does not move with the positions is out of range
@@ -176,31 +130,19 @@ def test_shifting_all_positions_changes_rounding_alone(model, seed, seq_len, shi
     assert_equal_to_rounding(model(x, pos=pos - shift), default, shift)
 
 
-@given(models(), seeds, lengths, st.lists(shifts, min_size=2, max_size=3))
+@given(models(), seeds, splits(), st.lists(shifts, min_size=2, max_size=3))
 @pytest.mark.regression
-def test_positions_of_one_row_do_not_touch_another(model, seed, seq_len, row_shifts):
-    x = tokens(seed, len(row_shifts), seq_len)
-    pos = torch.arange(seq_len) + torch.tensor(row_shifts)[:, None]
+def test_rows_far_apart_and_with_gaps_answer_as_each_alone_nearby(model, seed, lens, row_shifts):
+    shape = len(row_shifts), sum(lens)
+    x = tokens(seed, *shape)
+    pos = torch.randint(1, 10, shape, generator=torch.Generator().manual_seed(seed)).cumsum(dim=-1)
+    far = pos + torch.tensor(row_shifts)[:, None]
 
-    together = model(x, pos=pos)
+    together = model(x, pos=far)
 
-    assert_equal_to_rounding(together, model(x), max(row_shifts))
+    assert_equal_to_rounding(prefill_with_cache(model, x, lens, whole=True, pos=far)[0], together, max(row_shifts))
     for row in range(len(row_shifts)):
-        assert_equal_to_rounding(together[row, None], model(x[row, None], pos=pos[row]))
-
-
-@given(models(), seeds, splits(), st.data())
-def test_positions_with_gaps_decode_as_the_full_forward(model, seed, lens, data):
-    seq_len = sum(lens)
-    x = tokens(seed, 2, seq_len)
-    gaps = st.lists(st.integers(1, 9), min_size=seq_len, max_size=seq_len)
-    pos = torch.tensor([data.draw(gaps), data.draw(gaps)]).cumsum(dim=-1)
-
-    full = model(x, pos=pos)
-    _, cache = model(x[:, : lens[0]], pos=pos[:, : lens[0]], return_intermediates=True)
-    rest = model(x, pos=pos, cache=cache, cache_age=seq_len - lens[0])
-
-    assert_equal_to_rounding(rest, full[:, lens[0] :])
+        assert_equal_to_rounding(together[row, None], model(x[row, None], pos=pos[row]), max(row_shifts))
 
 
 @given(decoder_options(), seeds, seeds, splits())

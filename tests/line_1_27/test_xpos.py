@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import angular_frequency, decay, rescaled_base
 from strategies import NUM_TOKENS, randomize_, seeds, softmax, splits, tokens
-from test_properties import WAYS, assert_equal_to_rounding, decode, segments, whole_sequence_and_how_much_is_new
+from test_properties import WAYS, assert_equal_to_rounding, segments
 from test_rotary import DTYPES, Recorder, half_ulp, randn
 from torch import Tensor
 from torch.nn import Module
@@ -75,22 +75,37 @@ def in_chunks(model: Module, x: Tensor, lens: list[int]) -> Tensor:
     return torch.cat((logits, model(x, cache=cache)), dim=1)
 
 
-def decoded_with_mems(model: Module, x: Tensor, lens: list[int]) -> Tensor:
-    """A segment, and with its mems a prompt and then one token at a time."""
+def in_steps(model: Module, x: Tensor, lens: list[int], **kwargs: Any) -> Tensor:
+    """Through the cache; all so far are passed, and `cache_age` says how many are new."""
+    out, cache, end = [], None, 0
+    for new in lens:
+        end += new
+        logits, cache = model(x[:, :end], cache=cache, cache_age=new, return_intermediates=True, **kwargs)
+        out.append(logits)
+    return torch.cat(out, dim=1)
+
+
+def one_at_a_time(model: Module, x: Tensor, lens: list[int], **kwargs: Any) -> Tensor:
+    return in_steps(model, x, [lens[0]] + [1] * (x.shape[1] - lens[0]), **kwargs)
+
+
+def behind_mems(model: Module, x: Tensor, lens: list[int]) -> Tensor:
     before, mems = model(x[:, : lens[0]], return_mems=True)
-    return torch.cat((before, decode(model, x[:, lens[0] :], lens[1], mems=mems)), dim=1)
+    return torch.cat((before, one_at_a_time(model, x[:, lens[0] :], lens[1:], mems=mems)), dim=1)
 
 
 def left_padded(model: Module, x: Tensor, lens: list[int]) -> Tensor:
     padded, start = torch.cat((x[:, : lens[0]], x), dim=1), torch.full((len(x),), lens[0])
-    return decode(model, padded, lens[0] + 1, seq_start_pos=start)[:, lens[0] :]
+    return one_at_a_time(model, padded, [lens[0] + 1], seq_start_pos=start)[:, lens[0] :]
 
 
-LACKED = ("chunks", "layers alone")  # what is new, without what is cached
 OWN_WAYS = {
-    **{name: way for name, way in WAYS.items() if name not in LACKED},
+    # the others pass what is new without what is cached
+    **{name: WAYS[name] for name in ("prefix, then all", "segments with mems", "prefix prepended")},
+    "one token at a time": one_at_a_time,
+    "several tokens at once": in_steps,
     "prefill": in_chunks,
-    "decoding with mems": decoded_with_mems,  # https://github.com/lucidrains/x-transformers/issues/233
+    "decoding behind mems": behind_mems,  # https://github.com/lucidrains/x-transformers/issues/233
     "left padding": left_padded,
     "rows": lambda model, x, lens: torch.cat([model(row[None]) for row in x]),
 }
@@ -131,7 +146,7 @@ def test_without_a_decay_xpos_is_plain_rotary(options, seed, lens):
     plain.attn_layers.rotary_pos_emb.inv_freq.copy_(angular_frequency(dim, rescaled_base(dim, factor)))
     x = tokens(seed, 2, sum(lens))
 
-    for way in (whole_sequence_and_how_much_is_new, segments):
+    for way in (in_steps, segments):
         assert_equal_to_rounding(way(with_xpos, x, lens), way(plain, x, lens))
 
 
