@@ -81,10 +81,20 @@ def test_limits_are_those_of_the_package() -> None:
 # what runs it instead
 ELSEWHERE = {
     'pip install -c constraints.txt ".[test]" && pytest': ".ci/run",
-    "git switch -c xpos": "tests/test_for_upstream.py",
-    'git am "$repo"/patches/2.x/*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch': "tests/test_for_upstream.py",
-    "pytest tests/test_for_upstream.py -m slow --upstream <clone of upstream's repository>": (
-        "tests/test_for_upstream.py"
+    # in a clone of upstream's repository
+    **dict.fromkeys(
+        (
+            "clone=$(mktemp -d)/x-transformers",
+            'git clone https://codeberg.org/lucidrains/x-transformers "$clone"',
+            'cd "$clone"',
+            """git switch -c xpos "$(git log --reverse --format=%h -S'"2.31.10"' -- pyproject.toml | head -1)\"""",
+            'git am "$repo"/patches/2.x/*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch',
+            "python3 -m venv .venv && . .venv/bin/activate",
+            'pip install -c "$repo"/constraints.txt ".[test]"',
+            "python -m pytest tests",
+            'pytest tests/test_for_upstream.py -m slow --upstream "$clone"',
+        ),
+        "tests/test_for_upstream.py",
     ),
     "python examples/length_extrapolation.py": "tests/test_example.py",
 }
