@@ -196,12 +196,12 @@ def apply_series(
         tree = Path(directory, "tree")
         write_files(files, tree)
         for patch in patches:
-            status, said = git_apply(patch.content, tree, "--reject", "--verbose")
+            status, said = git_apply(patch.content, tree, "--apply", "--summary", "--reject", "--verbose")
             if status != 0:
                 failed = re.findall(r"^error: patch failed: (.*):(\d+)$", said, re.MULTILINE)
                 numbers = re.findall(r"^Rejected hunk #(\d+)\.$", said, re.MULTILINE)
                 hunks = [f"{path}: hunk {n}, at line {line}" for (path, line), n in zip(failed, numbers)]
-                reasons = _indent(hunks or said.replace("error: ", "").splitlines())
+                reasons = _indent(hunks or re.findall(r"^error: (.*)$", said, re.MULTILINE))
                 raise PatchError(f"{patch.name} does not apply to {release}:\n{reasons}\n{refresh}", patch.name, hunks)
             moved = re.findall(r"^Hunk #\d+ succeeded at .*\(offset .*$", said, re.MULTILINE)
             if moved and not allow_offsets:
@@ -209,17 +209,17 @@ def apply_series(
                 raise PatchError(f"{message}\n{_indent(moved)}\n{refresh}", patch.name)
             before, files = files, _read_files(tree)
             changed = sorted(path for path in {*before, *files} if before.get(path) != files.get(path))
-            if not changed:
-                raise PatchError(f"{patch.name} changes nothing", patch.name)
-            outside = [path for path in changed if not path.startswith(f"{PACKAGE}/") or _is_own(path)]
-            if outside:
-                allowed = f"a patch may change upstream's files in {PACKAGE}/ only"
-                raise PatchError(f"{patch.name} changes {', '.join(outside)}: {allowed}", patch.name)
+            # files in a wheel have no modes: a change of one would be in the record and do nothing
+            refused = re.findall(r"^ (mode change .*|create mode (?!100644).*)$", said, re.MULTILINE)
+            refused += [f"change of {path}" for path in changed if not path.startswith(f"{PACKAGE}/") or _is_own(path)]
+            if refused or not changed:
+                allowed = f"a patch may add, edit, rename and remove upstream's files in {PACKAGE}/, not their modes"
+                raise PatchError(f"{patch.name}: {', '.join(refused) or 'no change'}: {allowed}", patch.name)
     return files
 
 
 def git_apply(patch: bytes, tree: Path, *options: str) -> tuple[int, str]:
-    """The exit status of `git apply` in the tree, and what it says."""
+    """The exit status of `git apply` in the tree, and what it says on both outputs."""
     # Only the patch and the files may decide the result. In a repository `git apply` skips files outside of it
     # without a word, and the user's configuration may change whitespace or line endings.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -234,7 +234,7 @@ def git_apply(patch: bytes, tree: Path, *options: str) -> tuple[int, str]:
             "git is not on PATH, and the build applies the patches with `git apply`: "
             "install git, or install from an sdist or a wheel of this package, which carry the patched files"
         ) from None
-    return result.returncode, result.stderr.decode("utf-8", "replace")
+    return result.returncode, (result.stdout + result.stderr).decode("utf-8", "replace")
 
 
 def write_files(files: Mapping[str, bytes], directory: Path) -> dict[str, Path]:

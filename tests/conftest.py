@@ -6,14 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from packaging_support import (
-    BACKPORT,
-    LINE,
-    copy_project,
-    patched_tree,
-    pristine_tree,
-    provenance,
-)
+from packaging_support import BACKPORT, LINE, copy_project, patched_tree, pristine_tree, provenance
 
 # the models of the tests are so small that more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,19 +35,11 @@ settings.register_profile("pristine", max_examples=60, **briefly)
 
 # what is about the repository and not about the package that is imported
 NOT_ABOUT_THE_PACKAGE = {
-    "test_backport.py",
-    "test_build.py",
-    "test_check.py",
-    "test_documents.py",
-    "test_example.py",
-    "test_for_upstream.py",
-    "test_patches.py",
-    "test_projects.py",
-    "test_regressions.py",
-    "test_swap.py",
-    "test_tool.py",
-    "test_torch.py",
-    "test_try_release.py",
+    f"test_{name}.py"
+    for name in (
+        *("backport", "build", "check", "documents", "example", "for_upstream", "patches", "projects", "regressions"),
+        *("swap", "tool", "torch", "try_release"),
+    )
 }
 
 # tests of the package of another line; all others are about the default line's, with arguments that older ones lack
@@ -87,13 +72,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    if collection_path.is_dir():
-        return None
     elsewhere = config.getoption("pristine") or config.getoption("package")
     of_line = LINE_OF_FOLDER.get(collection_path.parent.name, LINE.name)
-    if of_line != config.stash[LINE_TESTED] or (elsewhere and collection_path.name in NOT_ABOUT_THE_PACKAGE):
-        return True
-    return None
+    left_out = of_line != config.stash[LINE_TESTED] or (elsewhere and collection_path.name in NOT_ABOUT_THE_PACKAGE)
+    return True if left_out and not collection_path.is_dir() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

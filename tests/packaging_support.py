@@ -13,13 +13,16 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).parent.parent
 LINE = Path("patches", "2.x")
 BACKPORT = Path("patches", "1.27.x")
+# the parts of the default line's series, each a pull request: the first patches are fixes, which stand alone, the next
+# are about speed; what follows is of the fork alone
+FIXES, SPEED = slice(0, 8), slice(8, 10)
 
 if TYPE_CHECKING:
     import hatch_build as hatch_build
@@ -39,12 +42,10 @@ _CALL_BACKEND = "import sys, hatchling.build; print(getattr(hatchling.build, sys
 
 def copy_project(directory: Path) -> Path:
     """The files of the repository that a build reads."""
-    directory.mkdir(parents=True)
+    for folder in ("patches", "tests", "x_transformers/xpos"):
+        shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
     for name in _PROJECT:
         shutil.copyfile(ROOT / name, directory / name)
-    own_module = Path("x_transformers", "xpos")
-    for folder in (Path("patches"), Path("tests"), own_module):
-        shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
     return directory
 
 
@@ -60,61 +61,55 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
-def download_pinned_release(directory: Path, line: Path = LINE) -> Path:
-    """A wheelhouse with the pinned release, from wherever the user's own pip finds packages."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["-r", str(ROOT / line / "upstream.txt"), "-d", str(directory)]
-    subprocess.run(command, check=True)
-    return directory
-
-
 def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
     """An environment whose pip has nothing but the wheelhouse."""
     return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheelhouse), **variables)
 
 
 def call_backend(
-    hook: str, project: Path, out: Path, environment: Mapping[str, str], umask: int = 0o022
+    hook: str, project: Path, out: Path, environment: Mapping[str, str], before: Callable[[], object] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process."""
+    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process.
+
+    The process calls `before` first.
+    """
     out.mkdir(parents=True, exist_ok=True)
     return subprocess.run(
-        [sys.executable, "-c", f"import os; os.umask({umask}); {_CALL_BACKEND}", hook, str(out)],
+        [sys.executable, "-c", _CALL_BACKEND, hook, str(out)],
         cwd=project,
         env=dict(environment),
         text=True,
         capture_output=True,
         check=False,
+        preexec_fn=before,
     )
 
 
-def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], umask: int = 0o022) -> Path:
+def build(
+    hook: str, project: Path, out: Path, environment: Mapping[str, str], before: Callable[[], object] | None = None
+) -> Path:
     """The file that a successful build makes."""
-    result = call_backend(hook, project, out, environment, umask)
+    result = call_backend(hook, project, out, environment, before)
     assert result.returncode == 0, result.stdout + result.stderr
     return out / result.stdout.splitlines()[-1]
 
 
-# how many patches at the end of the default line's series are about speed; those before them stand without them
-SPEED_PATCHES = 2
-
-
 def pristine_tree(line: Path = LINE) -> Path:
     """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path."""
-    return _built_tree(line, ())
+    return built_tree(line, ())
 
 
 def fixes_tree() -> Path:
     """The same with the default line's fixes, and nothing of its speed."""
-    return _built_tree(LINE, hatch_build.read_series(ROOT / LINE)[:-SPEED_PATCHES])
+    return built_tree(LINE, hatch_build.read_series(ROOT / LINE)[FIXES])
 
 
 def patched_tree(line: Path = LINE) -> Path:
     """The same with the patches of the line: its package, for tests to run on."""
-    return _built_tree(line, hatch_build.read_series(ROOT / line))
+    return built_tree(line, hatch_build.read_series(ROOT / line))
 
 
-def _built_tree(line: Path, series: Sequence[str]) -> Path:
+def built_tree(line: Path, series: Sequence[str]) -> Path:
     """What the hook builds from these patches of a line; in pytest's cache until one of its inputs changes."""
     patches = {name: (ROOT / line / name).read_bytes() for name in series}
     inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]
@@ -143,16 +138,24 @@ def _built_tree(line: Path, series: Sequence[str]) -> Path:
     return tree
 
 
+# of who commits
+IDENTITY = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+
 def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run git in a repository, with nobody's settings."""
-    identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment = clean_environment(
-        GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", HOME=str(repository.parent), LC_ALL="C", **identity
-    )
+    settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(repository.parent)}
+    environment = clean_environment(LC_ALL="C", **settings, **IDENTITY)
     return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
 
 
-def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "Change a file") -> bytes:
+def make_repository(repository: Path, subject: str) -> None:
+    """A git repository of the files in a folder, in one commit."""
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", subject]):
+        assert git(repository, *command).returncode == 0
+
+
+def make_patch(path: str, old: bytes | None, new: bytes | None) -> bytes:
     """A patch of one file, None meaning that it does not exist; minimal, but of the form of git format-patch."""
     diff = difflib.unified_diff(
         (old or b"").decode().splitlines(keepends=True),
@@ -161,21 +164,17 @@ def make_patch(path: str, old: bytes | None, new: bytes | None, subject: str = "
         "/dev/null" if new is None else f"b/{path}",
     )
     mode = "new file mode 100644\n" if old is None else "deleted file mode 100644\n" if new is None else ""
-    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nSubject: [PATCH] {subject}\n\n"
+    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nSubject: [PATCH] Change a file\n\n"
     return f"{head}---\n\ndiff --git a/{path} b/{path}\n{mode}{''.join(diff)}".encode()
 
 
-def set_series(
-    project: Path, patches: Mapping[str, bytes], series: Sequence[str] | None = None, line: Path = LINE
-) -> None:
+def set_series(project: Path, patches: Mapping[str, bytes], line: Path = LINE) -> None:
     """Replace the patches of the project."""
-    line_dir = project / line
-    for old in line_dir.glob("*.patch"):
+    for old in (project / line).glob("*.patch"):
         old.unlink()
     for name, content in patches.items():
-        (line_dir / name).write_bytes(content)
-    names = list(patches) if series is None else series
-    (line_dir / "series").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        (project / line / name).write_bytes(content)
+    (project / line / "series").write_text("".join(f"{name}\n" for name in patches), encoding="utf-8")
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -1,20 +1,24 @@
-"""The unpatched release, imported beside the fork in one process, and models of both with the same parameters."""
+"""The unpatched release, imported beside the package that is tested, and models of both with the same parameters."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import strategies
 import torch
-from packaging_support import pristine_tree
+from packaging_support import LINE, pristine_tree, provenance
 from reference import GAMMA, rescaled_base
 from torch.nn import Module
 
-PRISTINE = pristine_tree()
+import x_transformers
+
+_RECORD = provenance.read_record(Path(x_transformers.__file__).parent)
+PRISTINE = pristine_tree(Path("patches", _RECORD.line) if _RECORD is not None else LINE)
 # the package, and what of the tests builds models of it
 _ABOUT_THE_PACKAGE = ("x_transformers", "strategies", "survey")
 MODULES: dict[str, ModuleType] = {}

@@ -26,7 +26,6 @@ from strategies import build, decoder_options, seeds, splits, tokens
 from test_properties import assert_equal_to_rounding, prefill_with_cache
 from torch import Tensor, nn
 
-from x_transformers import x_transformers as upstream
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 OPTIONS: dict[str, Any] = dict(
@@ -344,7 +343,6 @@ def test_nothing_is_kept_once_a_model_and_its_caches_are_gone():
 # appending
 
 
-@pytest.mark.skipif(not hasattr(upstream, "KVRoom"), reason="the fixes alone copy at every step")
 @given(decoder_options(), seeds, st.integers(1, 40), st.integers(3, 20))
 @torch.no_grad()
 def test_from_the_third_step_on_nothing_that_is_cached_is_copied(options, seed, prompt_len, num_steps):

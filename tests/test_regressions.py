@@ -1,4 +1,7 @@
-"""That each test marked `regression` fails on the unpatched release, and passes on the fixes alone."""
+"""That each test marked `regression` fails on the unpatched release, and passes on the fixes alone.
+
+And that it is noticed if a patch is left out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from packaging_support import ROOT, fixes_tree
+from packaging_support import BACKPORT, LINE, ROOT, SPEED, built_tree, fixes_tree, hatch_build, pristine_tree
 
 # What a failure says, by the reason in the mark. A TypeError, a missing name or a shape that does not fit would make a
 # test fail as well, but would not show what is wrong with the answers.
@@ -22,8 +25,6 @@ REASONS = {
     "not refused": r"Failed: DID NOT RAISE|AssertionError: (\S+: not refused with xPos|assert 'broken' == 'refused')",
     "no argument": rf"(AssertionError: .*: )?TypeError: \S+ got an {_ARGUMENT}",
 }
-# what the fixes lack is the tables of the patches about speed
-_SPEED = "factors"
 
 
 class Outcome(NamedTuple):
@@ -35,41 +36,63 @@ class Outcome(NamedTuple):
 
 
 def run(directory: Path, *arguments: str, **variables: str) -> list[Outcome]:
-    """The fast tests of another package."""
+    """The tests of another package; in one process, as others run beside it and most of the time goes into imports."""
     report = directory / "report.xml"
-    command = [sys.executable, "-m", "pytest", "--tb=no", f"--junitxml={report}", *arguments]
+    command = [sys.executable, "-m", "pytest", "-n0", "--tb=no", f"--junitxml={report}", *arguments]
     environment = {**os.environ, **variables}
     result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     assert result.returncode in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), result.stdout + result.stderr
-    return read(report)
-
-
-def read(report: Path) -> list[Outcome]:
     found = []
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-        properties = {prop.get("name"): prop.get("value", "") for prop in case.iter("property")}
-        failure = case.find("failure")
-        failure = case.find("error") if failure is None else failure
-        message = None if failure is None else failure.get("message", "").splitlines()[0]
-        found.append(Outcome(f"{case.get('classname')}::{case.get('name')}", properties.get("regression", ""), message))
+        reason = "".join(prop.get("value", "") for prop in case.iter("property") if prop.get("name") == "regression")
+        messages = [child.get("message", "").splitlines()[0] for child in case if child.tag in ("failure", "error")]
+        name = f"{case.get('classname')}::{case.get('name')}"
+        found.append(Outcome(name, reason, messages[0] if messages else None))
     return found
 
 
 def test_every_regression_test_fails_on_the_unpatched_release(tmp_path: Path, subtests: pytest.Subtests) -> None:
-    outcomes = run(tmp_path, "--pristine", "-m", "regression and not slow")
+    files = [path for path in (ROOT / "tests").glob("test_*.py") if b"mark.regression" in path.read_bytes()]
+    outcomes = run(tmp_path, "--pristine", "-m", "regression and not slow", *map(str, files))
 
+    assert len(outcomes) > 70
     for name, reason, failure in outcomes:
         with subtests.test(name):
             assert failure is not None, "passes on the unpatched release, so it proves nothing"
             assert re.match(REASONS[reason], failure), f"not {reason!r}: {failure}"
-    modules = {outcome.name.split("::")[0].removeprefix("tests.") for outcome in outcomes}
-    assert modules == {"test_features", "test_properties", "test_rotary", "test_survey", "test_wrappers"}
 
 
 def test_the_properties_and_the_regressions_hold_with_the_fixes_alone(tmp_path: Path) -> None:
     about = [f"tests/test_{name}.py" for name in ("properties", "rotary", "features")]
-    only = (f"--package={fixes_tree()}", "-m", "not slow", "-k", f"not {_SPEED}")
+    # what the fixes lack is the tables of the patches about speed
+    only = (f"--package={fixes_tree()}", "-m", "not slow", "-k", "not factors")
     outcomes = run(tmp_path, *only, *about, HYPOTHESIS_PROFILE="quick")
 
     assert len([outcome for outcome in outcomes if outcome.reason]) > 30
     assert [outcome for outcome in outcomes if outcome.failure is not None] == []
+
+
+# patches without which the others apply, and a test that fails then
+NEEDED_BY = {
+    (LINE, "0005"): "tests/test_features.py::test_decoding_is_not_limited_by_what_is_in_the_cache",
+    (LINE, "0010"): "tests/test_cache.py::test_from_the_third_step_on_nothing_that_is_cached_is_copied",
+    (BACKPORT, "0003"): "tests/line_1_27/test_xpos.py::test_as_many_queries_as_the_dtype_can_represent_and_no_more",
+}
+PATCHES = [(line, name[:4]) for line in (LINE, BACKPORT) for name in hatch_build.read_series(ROOT / line)[: SPEED.stop]]
+
+
+@pytest.mark.parametrize(("line", "number"), [patch for patch in PATCHES if patch not in NEEDED_BY])
+def test_the_build_says_which_hunk_needs_a_patch_that_is_left_out(line: Path, number: str) -> None:
+    package = pristine_tree(line) / "x_transformers"
+    files = {f"x_transformers/{path.name}": path.read_bytes() for path in package.glob("*.py")}
+    patches = [patch for patch in hatch_build.read_patches(ROOT / line) if not patch.name.startswith(number)]
+    with pytest.raises(hatch_build.PatchError, match=r"(?s)^\S+\.patch (does not apply|applies) .*[Hh]unk #?\d+"):
+        hatch_build.apply_series(files, patches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "number"), NEEDED_BY)
+def test_a_test_fails_without_a_patch_that_is_left_out(line: Path, number: str, tmp_path: Path) -> None:
+    tree = built_tree(line, [name for name in hatch_build.read_series(ROOT / line) if name[:4] != number])
+    outcomes = run(tmp_path, f"--package={tree}", NEEDED_BY[line, number], HYPOTHESIS_PROFILE="quick")
+    assert [outcome for outcome in outcomes if outcome.failure is not None]

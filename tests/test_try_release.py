@@ -22,8 +22,6 @@ NAME = "x_transformers/attend.py"
 LINES = [f"line {number}\n" for number in range(40)]
 OLD, NEW = "".join(LINES).encode(), "".join([*LINES[:20], "added\n", *LINES[20:]]).encode()
 PATCH = hatch_build.Patch("0001-Add-a-line.patch", make_patch(NAME, OLD, NEW))
-
-
 END = hatch_build.Patch("0002-Change-the-end.patch", make_patch(NAME, OLD, OLD.replace(b"line 39", b"the end")))
 CONFLICTING = OLD.replace(b"line 20\n", b"another line 20\n")
 
@@ -46,9 +44,9 @@ def test_a_patch_on_another_release(content: bytes, outcome: str) -> None:
     ((attempt,), files) = try_release.attempt_series(release(content), [PATCH])
 
     assert attempt.outcome == outcome
-    assert (b"added\n" in files[NAME]) == (outcome != try_release.CONFLICT)
-    hunks = [f"{NAME}: hunk 1"] if outcome == try_release.CONFLICT else []
-    assert [hunk.partition(", ")[0] for hunk in attempt.hunks] == hunks
+    conflicts = outcome == try_release.CONFLICT
+    assert (b"added\n" in files[NAME]) != conflicts
+    assert [hunk.partition(", ")[0] for hunk in attempt.hunks] == [f"{NAME}: hunk 1"] * conflicts
 
 
 def test_what_conflicts_stops_neither_what_follows_nor_the_properties(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,15 +71,25 @@ def test_what_conflicts_stops_neither_what_follows_nor_the_properties(monkeypatc
     assert "| 9.9.9 | ✗ | not run |" in try_release.table([none])
 
 
-def test_the_pinned_release_takes_the_series_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pinned_release_takes_the_series_and_the_table_is_put_between_its_marks(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{try_release.BEGIN}old\n{try_release.END}after\n", encoding="utf-8")
+    monkeypatch.setattr(try_release, "TABLE", page)
     version = (ROOT / LINE / "upstream.txt").read_text(encoding="utf-8").split()[0].partition("==")[2]
 
-    assert try_release.main([version, "--no-properties"]) == 0
+    assert try_release.main([version, "--no-properties", "--write"]) == 0
 
-    said = capsys.readouterr().out
-    names = hatch_build.read_series(ROOT / LINE)
+    said, names = capsys.readouterr().out, hatch_build.read_series(ROOT / LINE)
     assert all(f"  {name}: {try_release.CLEAN}\n" in said for name in names)
-    assert f"| {version} | {' | '.join('✓' for _ in names)} | not run |" in said
+    before, _, table = page.read_text(encoding="utf-8").partition(try_release.BEGIN)
+    assert f"| {version} | {' | '.join('✓' for _ in names)} | not run |\n\n{try_release.END}after\n" in table
+    assert (before, "old" in table) == ("before\n", False)
+
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(hatch_build.BuildError, match="lacks"):
+        try_release.write_table("new\n")
 
 
 def test_a_release_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,21 +97,6 @@ def test_a_release_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture
     assert "0.0.0.1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         try_release.main([])
-
-
-def test_the_table_is_put_between_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{try_release.BEGIN}old\n{try_release.END}after\n", encoding="utf-8")
-    monkeypatch.setattr(try_release, "TABLE", page)
-
-    for text in ("new\n", "newest\n"):
-        try_release.write_table(text)
-
-    expected = f"before\n{try_release.BEGIN}\nnewest\n\n{try_release.END}after\n"
-    assert page.read_text(encoding="utf-8") == expected
-    page.write_text("no marks", encoding="utf-8")
-    with pytest.raises(hatch_build.BuildError, match="lacks"):
-        try_release.write_table("new\n")
 
 
 @pytest.mark.slow
