@@ -88,7 +88,7 @@ ELSEWHERE = {
             'git clone https://codeberg.org/lucidrains/x-transformers "$clone"',
             'cd "$clone"',
             """git switch -c xpos "$(git log --reverse --format=%h -S'"2.31.10"' -- pyproject.toml | head -1)\"""",
-            'git am "$repo"/patches/2.x/*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch',
+            'git am "$repo"/patches/2.x/{000?,0010}-*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch',
             "python3 -m venv .venv && . .venv/bin/activate",
             'pip install -c "$repo"/constraints.txt ".[test]"',
             "python -m pytest tests",

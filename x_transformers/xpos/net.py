@@ -116,8 +116,8 @@ class Net:
     @property
     def min_keys(self) -> int:
         """How many keys a query needs: `attn_sparse_topk` cannot choose among fewer."""
-        attentions = (module for module in self.layers.modules() if isinstance(module, Attention))
-        return max(getattr(attention.attend, "sparse_topk", None) or 1 for attention in attentions)
+        functions = (module.attend.attn_fn for module in self.layers.modules() if isinstance(module, Attention))
+        return max(getattr(function, "keywords", {}).get("sparse_topk", 1) for function in functions)
 
     @property
     def is_flash(self) -> bool:

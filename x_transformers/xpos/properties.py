@@ -76,7 +76,7 @@ def independent_rows(subject: Subject) -> Iterator[Point]:
 def cached_decode(subject: Subject, *, only_new: bool) -> Iterator[Point]:
     """One position at a time through the KV cache, only what is new passed or all of it, equals one call for all."""
     for length in subject.lengths[1:]:
-        start = max(1, length - subject.steps)
+        start = max(subject.lengths[0], length - subject.steps)
         out = decode(subject.net, subject.inputs.part(0, length), start, only_new=only_new)
         yield Point(length, deviation(out, subject.full[:, start - 1 : length]))
 
