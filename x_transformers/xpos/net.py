@@ -117,7 +117,7 @@ class Net:
     def min_keys(self) -> int:
         """How many keys a query needs: `attn_sparse_topk` cannot choose among fewer."""
         functions = (module.attend.attn_fn for module in self.layers.modules() if isinstance(module, Attention))
-        return max(getattr(function, "keywords", {}).get("sparse_topk", 1) for function in functions)
+        return max(int(getattr(function, "keywords", {}).get("sparse_topk", 1)) for function in functions)
 
     @property
     def is_flash(self) -> bool:
