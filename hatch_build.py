@@ -318,7 +318,7 @@ def verify_carried(root: Path, line_dir: Path, version: str) -> provenance.Recor
         raise BuildError(f"this sdist lacks {provenance.RECORD_PATH}: get a complete one, or build from a checkout")
     problems = [
         f"{path} {'was modified' if (root / path).exists() else 'is missing'}"
-        for path in provenance.modified_files(root / PACKAGE, record)
+        for path in provenance.modified_files(root / PACKAGE)
     ]
     modules = sorted(path.relative_to(root).as_posix() for path in (root / PACKAGE).rglob("*.py"))
     problems += [f"{path} was added" for path in modules if path not in record.files and not _is_own(path)]

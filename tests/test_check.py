@@ -122,7 +122,7 @@ def test_every_property_holds_in_every_dtype(dtype: str, tool: Tool) -> None:
         ("--device cuda:99", ["--device", "cuda:99", "as cpu"]),
         ("--device meta", ["--device", "meta", "as cpu"]),
         ("--plot no-such-folder/plot.png", ["--plot", "no-such-folder/plot.png"]),
-        ("--plot plot.txt", ["--plot", "plot.txt", ".png"]),
+        ("--plot plot.txt", ["--plot", "plot.txt", "png"]),
         ("--max 128", ["--max"]),
         ("no-such-command", ["no-such-command", "check"]),
         ("limits --dim 3", ["--dim", "3", "even number from 4"]),
@@ -146,7 +146,7 @@ def test_refusals_name_the_argument_and_a_way_out(
     ("module", "arguments", "expected"),
     [
         ("pydoc_data.topics", "", "--text FILE"),
-        ("matplotlib.backend_bases", "--plot plot.png", 'pip install "x-transformers[plot]"'),
+        ("matplotlib.figure", "--plot plot.png", 'pip install "x-transformers[plot]"'),
         ("safetensors", "migrate a.safetensors --model a:b --length 9 --output b.safetensors", "install safetensors"),
     ],
 )

@@ -39,12 +39,11 @@ class Result:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A property that is not measured, and why; `needs` is the argument that is lacking, if it is that."""
+    """A property that is not measured, and why."""
 
     key: str
     name: str
     reason: str
-    needs: str | None = None
 
 
 @torch.no_grad()
@@ -59,10 +58,11 @@ def check(
     planned, results, left_out = [], [], []
     for each in ALL if isinstance(subject, Ours) else OF_ANY:
         prop = replace(each, key=prefix + each.key, name=prefix + each.name)
-        needs = None if prop.needs is None or accepts(prop.needs) else prop.needs
-        reason = "this release of x-transformers lacks the argument" if needs else prop.lacked(subject.net)
+        reason = prop.lacked(subject.net)
+        if prop.needs is not None and not accepts(prop.needs):
+            reason = f"this release of x-transformers lacks the argument {prop.needs}"
         if reason:
-            left_out.append(LeftOut(prop.key, prop.name, reason, needs))
+            left_out.append(LeftOut(prop.key, prop.name, reason))
         else:
             planned.append(prop)
     for number, prop in enumerate(planned, 1):

@@ -50,9 +50,9 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def read_record(package_dir: Path | str | None = None) -> Record | None:
-    """The record of the package in `package_dir`, the folder `x_transformers` (default: the one this file is in)."""
-    path = _root(package_dir) / RECORD_PATH
+def read_record(package_dir: Path) -> Record | None:
+    """The record of the package in `package_dir`, the folder `x_transformers`."""
+    path = package_dir.parent / RECORD_PATH
     if not path.exists():
         return None
     try:
@@ -67,17 +67,10 @@ def read_record(package_dir: Path | str | None = None) -> Record | None:
     return record
 
 
-def modified_files(package_dir: Path | str | None = None, record: Record | None = None) -> tuple[str, ...]:
+def modified_files(package_dir: Path) -> tuple[str, ...]:
     """The files that the record names and that are missing or differ from it; empty where there is no record."""
-    root = _root(package_dir)
-    record = record or read_record(package_dir)
+    record, root = read_record(package_dir), package_dir.absolute().parent
     files = sorted(record.files.items()) if record is not None else []
     return tuple(
         path for path, digest in files if not (root / path).is_file() or sha256((root / path).read_bytes()) != digest
     )
-
-
-def _root(package_dir: Path | str | None) -> Path:
-    """The folder that paths in the record start from: the one that holds the package."""
-    package = Path(__file__).parent.parent if package_dir is None else Path(package_dir)
-    return package.absolute().parent

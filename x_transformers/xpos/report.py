@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -38,7 +37,7 @@ def package() -> dict[str, Any]:
         record = provenance.read_record(path)
         if record is None or not record.patches:
             unpatched.append("there is no record of patches")
-        files = provenance.modified_files(path, record)
+        files = provenance.modified_files(path)
         modified += [f"not as they were built: {', '.join(files)}"] if files else []
     except provenance.FormatError as error:
         modified.append(str(error))
@@ -99,7 +98,7 @@ def table(found: Outcome) -> str:
 
     names: dict[str, list[str]] = {}
     for each in found["left_out"]:
-        names.setdefault(each["reason"], []).append(each["name"] + (f" ({each['needs']})" if each["needs"] else ""))
+        names.setdefault(each["reason"], []).append(each["name"])
     lines += _wrapped("left out  ", *(f"{'; '.join(names[reason])}: {reason}" for reason in names))
     return "\n".join([*lines, "", *_wrapped("", *_explanations(found)), "", conclusion(found)])
 
@@ -182,20 +181,19 @@ def _finite(value: Any) -> Any:
 def prepare_plot(path: str) -> None:
     """Refuse, with UsageError, a plot that could not be written, before there is any work to lose."""
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        from matplotlib.figure import Figure
     except ImportError:
         raise UsageError(
             'argument --plot: needs matplotlib, which is not installed; pip install "x-transformers[plot]"'
         ) from None
-    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
-    if Path(path).suffix.lower().lstrip(".") not in kinds:
-        raise UsageError(f"argument --plot: the name of {path} must end in one of .{', .'.join(kinds)}")
-    if not os.access(path if Path(path).exists() else Path(path).parent, os.W_OK):
-        raise _unwritable(path)
+    _save(Figure(), path)
 
 
-def _unwritable(path: str) -> UsageError:
-    return UsageError(f"argument --plot: cannot write {path}; give a path that can be written")
+def _save(figure: Any, path: str) -> None:
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"argument --plot: cannot write {path}: {error}; give another path") from None
 
 
 def plot(found: Outcome, path: str) -> None:
@@ -221,7 +219,4 @@ def plot(found: Outcome, path: str) -> None:
     axes.set_ylim(floor / 2, ceiling * 2)
     legend = {"title": "lowest: 0\nhighest: not finite", "title_fontsize": 8, "fontsize": 8}
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), **legend)
-    try:
-        figure.savefig(path)
-    except OSError:
-        raise _unwritable(path) from None
+    _save(figure, path)
