@@ -277,6 +277,11 @@ def test_the_table_of_limits(tool: Tool) -> None:
         expected = [limits.least_scale_base(100_000, dtype, masked=is_masked) for is_masked in (False, True)]
         assert (same_name, bases) == (name, [f"{base:,}" for base in expected])
         assert int(calls) == math.ceil(100_000 / int(masked.replace(",", "")))
+    # at a distance of the scale base, with the decay of the first pair, of all 16 and of the last
+    mean = sum(2 * d / 32 + 0.4 for d in range(16)) / 16 / 1.4
+    assert ["512", *(f"{left:.2g}" for left in (0.4 / 1.4, mean, (30 / 32 + 0.4) / 1.4))] in map(
+        str.split, out.splitlines()
+    )
 
 
 # migrate

@@ -14,7 +14,7 @@ It works on an unpatched x_transformers too, and says what is wrong with it. Imp
                   formula           the score of the paper, in float64
       theirs                        the user's model, built and searched for xPos      (subject)
       chunks                        a long sequence, taken in chunks through the KV cache        (net)
-      limits                        how many queries fit into one call
+      limits                        how many queries fit into one call, and how scores fade        (formula)
       migrate                       a checkpoint of upstream's, converted and proven   (subject, theirs)
       provenance                    what the package was made from, and whether it is as it was built
 """

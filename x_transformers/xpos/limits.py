@@ -1,4 +1,4 @@
-"""How many queries fit into one call with xPos, by dtype, and what scale base a longer one needs.
+"""How many queries fit into one call with xPos, by dtype, what scale base a longer one needs, and what it leaves.
 
 The center is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (length // 2 / S), where ζ_0 is
 0.4 / 1.4 whatever the number of rotated dims is. What does not fit is refused by the package, by the same formula.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
+
+from . import formula
 
 DTYPES = {
     "float16": torch.float16,
@@ -24,9 +26,9 @@ any: the scale itself is out of range above. masked: flash attention with a mask
 or dropout, which adds to scores that have to be finite. What is in the cache or the mems does not count.
 
 One query more raises ValueError before any layer runs. Ways out: pass the sequence in chunks through the
-KV cache, with input_not_include_cache = True and cache_age set to the length of each chunk; compute in
-bfloat16 or float32; or build the model with a larger rotary_xpos_scale_base. Stay at half of a limit, as
-large values need room too. Positions passed in are not checked: what is too far ahead gives NaN."""
+KV cache, as x_transformers.xpos.prefill does; compute in bfloat16 or float32; or train with a larger
+rotary_xpos_scale_base. Stay at half of a limit, as large values need room too. Positions passed in are
+not checked: what is too far ahead gives NaN."""
 
 
 def limit(scale_base: float, dtype: torch.dtype, *, masked: bool, room: float = 1) -> int:
@@ -64,7 +66,7 @@ def table(dim: int, scale_base: float, length: int | None) -> str:
             bases = [least_scale_base(length, dtype, masked=masked) for masked in (False, True)]
             needed.append(_row(name, *bases, math.ceil(length / found[1])))
     lines = [
-        f"Limits of xPos with a scale base of {scale_base:g} and {dim} rotated dims (any number has the same).",
+        f"Limits of xPos with a scale base of {scale_base:g} and {dim} rotated dims.",
         "",
         "            queries in one call",
         _row("dtype", "any", "masked"),
@@ -77,7 +79,18 @@ def table(dim: int, scale_base: float, length: int | None) -> str:
             _row("dtype", "any", "masked", "calls"),
             *needed,
         ]
-    return "\n".join([*lines, _EXPLANATION])
+    return "\n".join([*lines, _EXPLANATION, "", "What is left of a score at a distance:", fading(dim, scale_base)])
+
+
+def fading(dim: int, scale_base: float) -> str:
+    """What is left of a score at a distance, of the part from the pair of dims that fades fastest, slowest, of all."""
+    lines = [_row("distance", "fastest", "mean", "slowest")]
+    for ratio in (0.25, 0.5, 1, 2, 4, 8):
+        left = formula.decays(dim) ** ratio
+        lines.append(
+            _row(f"{ratio * scale_base:,.6g}", *(f"{part:.2g}" for part in (left.min(), left.mean(), left.max())))
+        )
+    return "\n".join(lines)
 
 
 def _row(name: str, *cells: str | int) -> str:
