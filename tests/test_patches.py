@@ -13,6 +13,7 @@ from packaging_support import BACKPORT, FIXES, LINE, ROOT, SPEED, git, hatch_bui
 
 LINES = [ROOT / BACKPORT, ROOT / LINE]
 PATCHES = [line / name for line in LINES for name in hatch_build.read_series(line)]
+(TESTS_PATCH,) = (ROOT / LINE / "tests-for-upstream").glob("*.patch")
 
 # a backport is trusted at a glance, and what upstream's author reads once has lines no wider than those around it
 MOST_CHANGED_LINES = 37
@@ -99,7 +100,7 @@ def test_pull_requests_say_how_much_they_add() -> None:
     assert said == [(f"{len(part):,}", f"{sum(map(len, part)):,}") for part in parts]
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: f"{patch.parent.name}/{patch.name[:4]}")
+@pytest.mark.parametrize("patch", [*PATCHES, TESTS_PATCH], ids=lambda patch: f"{patch.parent.name}/{patch.name[:4]}")
 def test_is_a_commit_with_a_reason_and_exports_again_without_noise(patch: Path) -> None:
     """As `git format-patch --zero-commit --no-signature` writes it: no commit ids, no version of git."""
     subject, reason = message(patch)
