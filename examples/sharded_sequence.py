@@ -86,11 +86,11 @@ def forward_shard(model: Module, tokens: Tensor, *, own_windows: bool = False) -
     return logits
 
 
-def build(device: torch.device) -> Module:
+def build(device: torch.device, **options: Any) -> Module:
     """The same model in every process, in float64, where rounding is too small to hide anything."""
     torch.manual_seed(0)
     xpos = dict(rotary_xpos=True, rotary_xpos_scale_base=64)
-    decoder = Decoder(dim=32, depth=2, heads=4, attn_dim_head=16, attn_flash=True, verbose=False, **xpos)
+    decoder = Decoder(dim=32, depth=2, heads=4, attn_dim_head=16, attn_flash=True, verbose=False, **xpos, **options)
     model: Module = TransformerWrapper(num_tokens=NUM_TOKENS, max_seq_len=LENGTH, attn_layers=decoder)
     return model.double().to(device)
 
@@ -98,6 +98,33 @@ def build(device: torch.device) -> Module:
 def gradients(model: Module, loss: Tensor) -> Tensor:
     """Of all parameters, in a row."""
     return torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def deviation(actual: Tensor, expected: Tensor) -> Tensor:
+    """The largest, relative to the largest value expected."""
+    apart = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return apart.detach().nan_to_num(nan=torch.inf)
+
+
+def compare(device: torch.device, *, own_windows: bool, **options: Any) -> Tensor:
+    """How far logits and gradients of a sharded sequence are from those in one process: (2,), the same everywhere."""
+    tokens = torch.randint(NUM_TOKENS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+
+    # in one process: every one of them, to compare with
+    whole = build(device, **options)
+    expected = whole(tokens)
+    expected_gradients = gradients(whole, expected.square().mean())
+
+    # sharded: a loss is the sum of those of the shards, and so is a gradient
+    model = shard_attention_(build(device, **options))
+    logits = forward_shard(model, tokens, own_windows=own_windows)
+    actual_gradients = gradients(model, logits.square().sum() / expected.numel())
+    dist.all_reduce(actual_gradients)
+
+    own = expected.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
+    deviations = torch.stack([deviation(logits, own), deviation(actual_gradients, expected_gradients)])
+    dist.all_reduce(deviations, dist.ReduceOp.MAX)
+    return deviations
 
 
 def main() -> int:
@@ -110,23 +137,7 @@ def main() -> int:
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    tokens = torch.randint(NUM_TOKENS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
-
-    # in one process: every one of them, to compare with
-    whole = build(device)
-    expected = whole(tokens)
-    expected_gradients = gradients(whole, expected.square().mean())
-
-    # sharded: a loss is the sum of those of the shards, and so is a gradient
-    model = shard_attention_(build(device))
-    logits = forward_shard(model, tokens, own_windows=options.own_windows)
-    actual_gradients = gradients(model, logits.square().sum() / expected.numel())
-    dist.all_reduce(actual_gradients)
-
-    own = expected.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
-    pairs = ((logits, own), (actual_gradients, expected_gradients))
-    deviations = torch.stack([(a - e).abs().max() / e.abs().max() for a, e in pairs]).detach()
-    dist.all_reduce(deviations, dist.ReduceOp.MAX)
+    deviations = compare(device, own_windows=options.own_windows)
     right = bool((deviations <= TOLERANCE).all())
     if dist.get_rank() == 0:
         print(f"{LENGTH} tokens in {dist.get_world_size()} shards, from the same in one process:")

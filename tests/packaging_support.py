@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.util
 import os
 import re
 import shutil
@@ -15,7 +14,13 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+# for modules that no wheel has; the `x_transformers` of the repository has no `__init__`, so any package goes before it
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import hatch_build as hatch_build
+
+provenance = hatch_build.provenance
 
 ROOT = Path(__file__).parent.parent
 LINE = Path("patches", "2.x")
@@ -23,17 +28,6 @@ BACKPORT = Path("patches", "1.27.x")
 # the parts of the default line's series, each a pull request: the first patches are fixes, which stand alone, the next
 # are about speed; what follows is of the fork alone
 FIXES, SPEED = slice(0, 8), slice(8, 10)
-
-if TYPE_CHECKING:
-    import hatch_build as hatch_build
-else:
-    # By its path: this repository is not on sys.path where the package is installed from a wheel.
-    _spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-    hatch_build = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = hatch_build
-    _spec.loader.exec_module(hatch_build)
-
-provenance = hatch_build.provenance
 
 _PROJECT = ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
 _DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")

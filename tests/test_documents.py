@@ -1,7 +1,7 @@
 """What the documents say is so: their links and Python blocks, and, in a fresh environment, every command.
 
-A command that takes long is run in a short form, one that another test runs is named with that test, and any other,
-new ones too, is run as it stands.
+A command that takes long is run in a short form, one that another test runs is left out, and any other, new ones too,
+is run as it stands.
 """
 
 from __future__ import annotations
@@ -78,54 +78,41 @@ def test_limits_are_those_of_the_package() -> None:
 
 # commands
 
-# what runs it instead
-ELSEWHERE = {
-    'pip install -c constraints.txt ".[test]" && pytest': ".ci/run",
-    # in a clone of upstream's repository
-    **dict.fromkeys(
-        (
-            "clone=$(mktemp -d)/x-transformers",
-            'git clone https://codeberg.org/lucidrains/x-transformers "$clone"',
-            'cd "$clone"',
-            """git switch -c xpos "$(git log --reverse --format=%h -S'"2.31.10"' -- pyproject.toml | head -1)\"""",
-            'git am "$repo"/patches/2.x/{000?,0010}-*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch',
-            "python3 -m venv .venv && . .venv/bin/activate",
-            'pip install -c "$repo"/constraints.txt ".[test]"',
-            "python -m pytest tests",
-            'pytest tests/test_for_upstream.py -m slow --upstream "$clone"',
-        ),
-        "tests/test_for_upstream.py",
-    ),
-    "python examples/length_extrapolation.py": "tests/test_example.py",
-}
-SHORTER = {
-    "python patches/try_release.py latest": "python patches/try_release.py latest --no-properties",
-    "python patches/try_release.py --newest 10 --write": "python patches/try_release.py --newest 2 --no-properties",
-    "python benchmarks/speed.py": "python benchmarks/speed.py prefill train decode rotation --lengths 16 --seconds 0",
-    'pip download --no-deps -d "$next" x-transformers==<version>': (
-        'pip download --no-deps -d "$next" x-transformers==2.31.4'
-    ),
-}
 INSTALL = "pip install -q -c constraints.txt ."
 WITH_TESTS = 'pip install -q -c constraints.txt ".[test]"'
-BEFORE = {
-    "python -m x_transformers.xpos migrate old.pt --model train:build_model --length 2048 --output new.pt": (
-        "python -c \"import torch, train; torch.save(train.build_model().state_dict(), 'old.pt')\""
+TESTS = 'pip install -c constraints.txt ".[test]" && pytest'
+# what is run for a command instead, where ITSELF stands for it
+ITSELF = ""
+INSTEAD: dict[str, tuple[str, ...]] = {
+    # by .ci/run, test_patches.py and test_example.py
+    TESTS: (),
+    'git am "$repo"/patches/2.x/{000?,0010}-*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch': (),
+    "python examples/length_extrapolation.py": (),
+    # in a short form
+    "python patches/try_release.py latest": ("python patches/try_release.py latest --no-properties",),
+    "python patches/try_release.py --newest 10 --write": ("python patches/try_release.py --newest 2 --no-properties",),
+    "python benchmarks/speed.py": (
+        "python benchmarks/speed.py prefill train decode rotation --lengths 16 --seconds 0",
     ),
-    # not the export that is being made, but what it is compared with, to the last byte
-    'rm "$line"/*.patch': 'cp -r "$line" "$work/before"',
-}
-AFTER = {
+    'pip download --no-deps -d "$next" x-transformers==<version>': (
+        'pip download --no-deps -d "$next" x-transformers==2.31.4',
+    ),
+    # with what it needs, and what it leaves
     "python -m x_transformers.xpos migrate old.pt --model train:build_model --length 2048 --output new.pt": (
-        "test -f new.pt"
+        "python -c \"import torch, train; torch.save(train.build_model().state_dict(), 'old.pt')\"",
+        ITSELF,
+        "test -f new.pt",
     ),
     "pip install --force-reinstall --no-deps x-transformers==2.31.10": (
-        '(python -m x_transformers.xpos 2>&1 || true) | grep "No module named x_transformers.xpos"'
+        ITSELF,
+        '(python -m x_transformers.xpos 2>&1 || true) | grep "No module named x_transformers.xpos"',
     ),
-    'uv pip install "git+file://$PWD#subdirectory=patches/1.27.x"': "python -m x_transformers.xpos",
-    '(cd "$line" && ls *.patch > series)': 'diff -r "$line" "$work/before"',
+    'uv pip install "git+file://$PWD#subdirectory=patches/1.27.x"': (ITSELF, "python -m x_transformers.xpos"),
+    # not the export that is being made, but what it is compared with, to the last byte
+    'rm "$line"/*.patch': ('cp -r "$line" "$work/before"', ITSELF),
+    '(cd "$line" && ls *.patch > series)': (ITSELF, 'diff -r "$line" "$work/before"'),
     # the repository is left as it was
-    'git am -3 "$line"/*.patch': 'cd "$repo"',
+    'git am -3 "$line"/*.patch': (ITSELF, 'cd "$repo"'),
 }
 TRAIN = """
 import torch
@@ -139,18 +126,15 @@ def build_model():
 
 
 def commands(document: str) -> list[str]:
-    """The lines of the bash blocks, without comments."""
+    """The lines of the bash blocks, without comments and those in a clone of upstream's repository."""
     blocks = re.findall(r"^```bash\n(.*?)^```", read(document), re.DOTALL | re.MULTILINE)
-    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    lines = [line for block in blocks if "$clone" not in block for line in block.splitlines()]
+    return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in lines) if line]
 
 
 def test_what_is_said_of_commands_is_about_commands_that_are_there() -> None:
-    known = {command for document in DOCUMENTS for command in commands(document)}
-    assert {*ELSEWHERE, *SHORTER, *BEFORE, *AFTER} <= known
-    for command, where in ELSEWHERE.items():
-        assert (ROOT / where).is_file()
-        assert where != ".ci/run" or command in read(where)
+    assert {*INSTEAD} <= {command for document in DOCUMENTS for command in commands(document)}
+    assert TESTS in read(".ci/run")
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +157,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_commands(document: str, reader: Path) -> None:
     lines = ["exec 2>&1; set -v", WITH_TESTS if document.startswith("patches") else INSTALL]
     for command in commands(document):
-        if command not in ELSEWHERE:
-            lines += [BEFORE.get(command, ":"), SHORTER.get(command, command), AFTER.get(command, ":")]
+        lines += [line or command for line in INSTEAD.get(command, (ITSELF,))]
     # the environment's pip and python; uv, which a reader may have anywhere, is that of the tests
     scripts = [reader.parent / "venv" / "bin", Path(sys.executable).parent]
     variables = clean_environment(VIRTUAL_ENV=str(scripts[0].parent), TMPDIR=str(reader.parent), **IDENTITY)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from packaging_support import ROOT, pristine_tree
 from torch.utils._pytree import tree_leaves
 
-SCRIPT = ROOT / "examples" / "length_extrapolation.py"
+from examples import length_extrapolation as command
 
-if TYPE_CHECKING:
-    import examples.length_extrapolation as command
-else:
-    # by its path: the repository is not on sys.path where the package is installed from a wheel
-    _spec = importlib.util.spec_from_file_location("length_extrapolation", SCRIPT)
-    command = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = command
-    _spec.loader.exec_module(command)
+SCRIPT = ROOT / "examples" / "length_extrapolation.py"
 
 pytestmark = pytest.mark.slow
 STEPS, NUM_MODES = 12, len(command.MODES)

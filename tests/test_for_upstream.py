@@ -1,4 +1,4 @@
-"""What goes upstream: the series as commits, tests of its own beside it, and upstream's own tests as they were."""
+"""What goes upstream: tests beside the series, the text of the pull requests, and upstream's own tests as they were."""
 
 from __future__ import annotations
 
@@ -6,71 +6,37 @@ import contextlib
 import io
 import os
 import re
-import subprocess
-import sys
 import textwrap
-import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 import torch
-from packaging_support import LINE, ROOT, clean_environment, git, hatch_build, pristine_tree
+from packaging_support import ROOT, hatch_build, pristine_tree
 from pristine import pristine_imports
+from test_patches import TESTS_PATCH
+from test_regressions import run
 
 import x_transformers
 
 FORK = Path(x_transformers.__file__).parent.parent
-(TESTS_PATCH,) = (ROOT / LINE / "tests-for-upstream").glob("*.patch")
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the pinned release, to which the series and the patch with tests were applied by git am."""
-    release = hatch_build.fetch_release(ROOT / LINE / "upstream.txt")
-    repository = tmp_path_factory.mktemp("upstream")
-    hatch_build.write_files(release.files, repository)
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "the pinned release"]):
-        assert git(repository, *command).returncode == 0
-    patches = [*(ROOT / LINE / name for name in hatch_build.read_series(ROOT / LINE)), TESTS_PATCH]
-    result = git(repository, "am", *map(str, patches))
-    assert result.returncode == 0, result.stderr
-    # not a word about whitespace, a three-way merge or a fuzz
-    assert result.stderr == ""
-    return repository
-
-
-def outcomes(tests: Path, tree: Path, directory: Path) -> dict[str, str]:
-    """Passed or failed, by test, of a folder of tests on the package in a tree."""
-    report = directory / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += [f"--rootdir={tests}", "-c", os.devnull, str(tests)]
-    environment = clean_environment(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
+def outcomes(tests: Path, tree: Path, directory: Path) -> dict[str, bool]:
+    """Whether each test of a folder passes on the package in a tree."""
     # not from the repository itself, whose own package would be found first
-    result = subprocess.run(command, cwd=directory, env=environment, text=True, capture_output=True)
-    assert result.returncode in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), result.stdout + result.stderr
-    return {
-        f"{case.get('classname')}::{case.get('name')}": next((child.tag for child in case), "passed")
-        for case in xml.etree.ElementTree.parse(report).iter("testcase")
-    }
+    alone = ("-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests}", str(tests))
+    return {name: failure is None for name, _, failure in run(directory, *alone, cwd=directory, PYTHONPATH=str(tree))}
 
 
-def test_the_patch_with_tests_adds_nothing_but_tests(repository: Path) -> None:
-    changed = git(repository, "show", "--numstat", "--format=%s").stdout.splitlines()
-    assert changed[0] == "Test that xpos is the same at every length"
-    assert [line.split("\t")[1:] for line in changed[1:] if line] == [["0", "tests/test_xpos.py"]]
-
-
-def test_its_tests_fail_without_the_series_and_pass_with_it(repository: Path, tmp_path: Path) -> None:
-    tests = repository / "tests"
-    patched = outcomes(tests, repository, tmp_path)
-    pristine = outcomes(tests, pristine_tree(), tmp_path)
+def test_the_patch_with_tests_adds_those_that_fail_without_the_series_and_pass_with_it(tmp_path: Path) -> None:
+    said = hatch_build.git_apply(TESTS_PATCH.read_bytes(), tmp_path, "--apply", "--summary", "--whitespace=warn")
+    assert said == (0, " create mode 100644 tests/test_xpos.py\n")
+    patched, pristine = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in (FORK, pristine_tree()))
 
     assert patched.keys() == pristine.keys()
-    assert {*patched.values()} == {"passed"}
-    assert {*pristine.values()} == {"failure"}
-    stated = re.search(r"All (\d+) fail without", TESTS_PATCH.read_text(encoding="utf-8"))
-    assert stated is not None
-    assert int(stated[1]) == len(patched)
+    assert {*patched.values()} == {True}
+    assert {*pristine.values()} == {False}
+    assert f"All {len(patched)} fail without" in TESTS_PATCH.read_text(encoding="utf-8")
 
 
 # the code of each reproduction in the text of the pull request

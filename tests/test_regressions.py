@@ -35,12 +35,12 @@ class Outcome(NamedTuple):
     failure: str | None
 
 
-def run(directory: Path, *arguments: str, **variables: str) -> list[Outcome]:
+def run(directory: Path, *arguments: str, cwd: Path = ROOT, **variables: str) -> list[Outcome]:
     """The tests of another package; in one process, as others run beside it and most of the time goes into imports."""
     report = directory / "report.xml"
     command = [sys.executable, "-m", "pytest", "-n0", "--tb=no", f"--junitxml={report}", *arguments]
     environment = {**os.environ, **variables}
-    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+    result = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, check=False)
     assert result.returncode in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), result.stdout + result.stderr
     found = []
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):

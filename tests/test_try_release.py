@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from packaging_support import LINE, ROOT, hatch_build, make_patch, pristine_tree
 
-if TYPE_CHECKING:
-    from patches import try_release as try_release
-else:
-    _spec = importlib.util.spec_from_file_location("try_release", ROOT / "patches" / "try_release.py")
-    try_release = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = try_release
-    _spec.loader.exec_module(try_release)
+from patches import try_release
 
 NAME = "x_transformers/attend.py"
 LINES = [f"line {number}\n" for number in range(40)]

@@ -13,12 +13,12 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import pristine
 import pytest
 import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pristine import MODULES, build_both
 from reference import angular_frequency, decay, rescaled_base
 from strategies import NUM_TOKENS, randomize_, seeds, softmax, splits, tokens
 from test_properties import WAYS, assert_equal_to_rounding, segments
@@ -61,10 +61,6 @@ def exact(module: Module) -> Any:
 
 def build(options: dict[str, Any], seed: int, dtype: torch.dtype = torch.float64, **wrapper_options: Any) -> Any:
     return exact(strategies.build(options, seed, dtype, **wrapper_options))
-
-
-def prepared(module: Module) -> Any:
-    return exact(randomize_(module.double(), 0).eval().requires_grad_(False))
 
 
 # the same at every length, in every way that this release has
@@ -120,21 +116,6 @@ def test_what_is_computed_in_parts_equals_the_full_forward(way, options, seed, l
     model, x = build(options, seed, max_mem_len=64), tokens(seed, 2, sum(lens))
 
     assert_equal_to_rounding(OWN_WAYS[way](model, x, lens), model(x))
-
-
-def gradients(net: Module, out: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out.square().sum(), list(net.parameters()), allow_unused=True, materialize_grads=True)
-
-
-@given(decoder_options(), seeds, splits())
-@pytest.mark.regression
-def test_gradients_do_not_depend_on_what_follows(options, seed, lens):
-    model, x = build(options, seed).requires_grad_(True), tokens(seed, 2, sum(lens))
-
-    prefix, full = gradients(model, model(x[:, : lens[0]])), gradients(model, model(x)[:, : lens[0]])
-
-    for found, expected in zip(prefix, full):
-        assert_equal_to_rounding(found, expected)
 
 
 @given(decoder_options(), seeds, splits())
@@ -291,22 +272,18 @@ def test_other_wrappers() -> None:
     positions, x = dict(rotary_xpos=True, rotary_xpos_scale_base=8), tokens(0, 2, 25)
     embeddings = randn(0, 2, 25, 3)
     net = ContinuousTransformerWrapper(dim_in=3, dim_out=5, max_seq_len=64, attn_layers=Decoder(**SMALL, **positions))
-    assert_equal_to_rounding(prepared(net)(embeddings[:, :8]), prepared(net)(embeddings)[:, :8])
+    net = exact(randomize_(net.double(), 0).eval())
+    assert_equal_to_rounding(net(embeddings[:, :8]), net(embeddings)[:, :8])
 
-    both = prepared(encoder_decoder(x_transformers, **{f"dec_{name}": value for name, value in positions.items()}))
+    both = encoder_decoder(x_transformers, **{f"dec_{name}": value for name, value in positions.items()}).double()
     ways = (both.generate(x, x[:, :3], 20, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False))
     assert torch.equal(*ways)
-
-
-def language_model(package: Any, **options: Any) -> Module:
-    sizes = dict(num_tokens=NUM_TOKENS, max_seq_len=64, max_mem_len=64)
-    return package.TransformerWrapper(**sizes, attn_layers=package.Decoder(**SMALL, **options))
 
 
 def encoder_decoder(package: Any, **options: Any) -> Module:
     sizes = dict(num_tokens=NUM_TOKENS, max_seq_len=64, depth=1, heads=2, rotary_pos_emb=True)
     sides = {f"{side}_{name}": value for side in ("enc", "dec") for name, value in sizes.items()}
-    return package.XTransformer(dim=64, **sides, **options)
+    return randomize_(package.XTransformer(dim=64, **sides, **options), 0).eval()
 
 
 ROTARY = dict(rotary_pos_emb=True, rotary_emb_dim=32)
@@ -324,7 +301,8 @@ PLAIN: dict[str, dict[str, Any]] = {
 def answers(net: Any, x: Tensor) -> Iterator[Tensor]:
     half = x.shape[1] // 2
     yield net(x)
-    yield from gradients(net, net(x))
+    parameters = [parameter.requires_grad_(True) for parameter in net.parameters()]
+    yield from torch.autograd.grad(net(x).square().sum(), parameters, allow_unused=True, materialize_grads=True)
     yield net(x, cache=net(x[:, :half], return_intermediates=True)[1], cache_age=half)
     yield net(x[:, half:], mems=net(x[:, :half], return_mems=True)[1])
     yield net(x, seq_start_pos=torch.tensor([3, 0]))
@@ -335,30 +313,19 @@ def answers(net: Any, x: Tensor) -> Iterator[Tensor]:
         yield net.to(dtype)(x)
 
 
-def both_packages(make: Any, **options: Any) -> tuple[Any, Any]:
-    """A model of this package, and one of the pristine release, from which it loads the parameters."""
-    ours, theirs = (
-        randomize_(make(package, **options), seed).eval()
-        for seed, package in enumerate((x_transformers, pristine.MODULES["x_transformers"]))
-    )
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours, theirs
-
-
 @pytest.mark.parametrize("positions", PLAIN)
 def test_without_xpos_every_bit_is_upstreams(positions):
-    ours, theirs = (answers(net, tokens(0, 2, 40)) for net in both_packages(language_model, **PLAIN[positions]))
-    for number, (found, expected) in enumerate(zip(ours, theirs)):
-        assert torch.equal(found, expected), number
+    models = build_both({**SMALL, **PLAIN[positions]}, 0, torch.float32, max_mem_len=64)
+    for number, pair in enumerate(zip(*(answers(net, tokens(0, 2, 40)) for net in models))):
+        assert torch.equal(*pair), number
 
 
 def test_without_xpos_every_bit_of_an_encoder_and_a_decoder_is_upstreams():
-    x = tokens(0, 2, 40)
-    ours, theirs = both_packages(encoder_decoder)
-    assert torch.equal(ours(x, x), theirs(x, x))
-    generated = (net.generate(x, x[:, :3], 9, temperature=0.0) for net in (ours, theirs))
-    assert torch.equal(*generated)
+    x, nets = tokens(0, 2, 40), [encoder_decoder(package) for package in (x_transformers, MODULES["x_transformers"])]
+    assert torch.equal(*(net(x, x) for net in nets))
+    assert torch.equal(*(net.generate(x, x[:, :3], 9, temperature=0.0) for net in nets))
 
 
 def test_a_checkpoint_with_xpos_loads_from_upstream():
-    both_packages(language_model, rotary_xpos=True, attn_num_mem_kv=3)
+    ours, theirs = build_both(dict(SMALL, rotary_xpos=True, attn_num_mem_kv=3), 0, torch.float32)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
