@@ -16,6 +16,10 @@ from x_transformers import Decoder, TransformerWrapper
 NUM_TOKENS = 32
 MAX_SEQ_LEN = 256
 
+# of a small decoder, part of each head rotated
+SMALL: dict[str, Any] = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_emb_dim=6, verbose=False)
+OPTIONS: dict[str, Any] = {**SMALL, "rotary_xpos": True, "rotary_xpos_scale_base": 32}
+
 seeds = st.integers(0, 2**16)
 
 # for what is run for every case of a table, or takes a model many calls
@@ -108,3 +112,9 @@ def build(
 def models(flash: bool | None = None, **wrapper_options: Any) -> st.SearchStrategy[TransformerWrapper]:
     """Small randomised language models with xPos, in float64; a failing one is printed as its `build` call."""
     return st.builds(build, decoder_options(flash=flash), seeds, **{k: st.just(v) for k, v in wrapper_options.items()})
+
+
+def gradients(model: Module, out: Tensor) -> list[Tensor]:
+    """Of the sum of the squares of an output, by every parameter."""
+    parameters = list(model.parameters())
+    return [*torch.autograd.grad(out.square().sum(), parameters, allow_unused=True, materialize_grads=True)]

@@ -78,51 +78,35 @@ def language_model(layers: torch.nn.Module | None = None, **options: Any) -> Tra
     return TransformerWrapper(num_tokens=32, max_seq_len=64, attn_layers=layers or Decoder(**OPTIONS), **options)
 
 
+def encoder_and_decoder() -> XTransformer:
+    sizes = dict(num_tokens=32, depth=1, max_seq_len=64)
+    return XTransformer(dim=8, **{f"{part}_{name}": n for part in ("enc", "dec") for name, n in sizes.items()})
+
+
 PLAIN = {**OPTIONS, "rotary_xpos": False, "rotary_pos_emb": True}
-REFUSED: dict[str, tuple[Any, Any, Any, dict[str, Any], str]] = {
-    "no wrapper": (lambda: Decoder(**OPTIONS), (1, 8), 4, {}, "Decoder with 0 TransformerWrappers"),
-    "two": (
-        lambda: XTransformer(
-            dim=8,
-            enc_num_tokens=32,
-            enc_depth=1,
-            enc_max_seq_len=64,
-            dec_num_tokens=32,
-            dec_depth=1,
-            dec_max_seq_len=64,
-        ),
-        (1, 8),
-        4,
-        {},
-        "XTransformer with 2 TransformerWrappers",
-    ),
-    "no batch": (language_model, (8,), 4, {}, r"tokens has the shape \(8,\)"),
-    "no tokens": (language_model, (1, 0), 4, {}, r"tokens has the shape \(1, 0\)"),
-    "no chunk": (language_model, (1, 8), 0, {}, "chunk is 0"),
-    "mask": (language_model, (1, 8), 4, {"mask": None, "pos": None}, "mask, pos: prefill takes context, "),
-    "not causal": (lambda: language_model(Encoder(**PLAIN)), (1, 8), 4, {}, "not causal"),
-    "memory tokens": (lambda: language_model(num_memory_tokens=2), (1, 8), 4, {}, "have no KV cache"),
-    "selective": (
-        lambda: language_model(Decoder(**{**OPTIONS, "attn_flash": False}, attn_selective=True)),
-        (1, 8),
-        4,
-        {},
-        "have no KV cache",
-    ),
-    "looped": (
-        lambda: language_model(Decoder(**OPTIONS, pre_and_post_norm=True), looped=True),
-        (1, 8),
-        4,
-        {},
-        "one token at a time",
-    ),
-    "shift": (lambda: language_model(Decoder(**OPTIONS, shift_tokens=1)), (1, 8), 4, {}, "shift_tokens is wrong"),
-    "pooled": (lambda: language_model(average_pool_embed=True), (1, 8), 4, {}, "no logits"),
-}
+SELECTIVE = {**OPTIONS, "attn_flash": False, "attn_selective": True}
+LOOPED = {**OPTIONS, "pre_and_post_norm": True}
+# what is passed in place of a language model, 8 tokens and chunks of 4, and what the message says
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (dict(model=lambda: Decoder(**OPTIONS)), "Decoder with 0 TransformerWrappers"),
+    (dict(model=encoder_and_decoder), "XTransformer with 2 TransformerWrappers"),
+    (dict(shape=(8,)), r"tokens has the shape \(8,\)"),
+    (dict(shape=(1, 0)), r"tokens has the shape \(1, 0\)"),
+    (dict(chunk=0), "chunk is 0"),
+    (dict(mask=None, pos=None), "mask, pos: prefill takes context, "),
+    (dict(model=lambda: language_model(Encoder(**PLAIN))), "not causal"),
+    (dict(model=lambda: language_model(num_memory_tokens=2)), "have no KV cache"),
+    (dict(model=lambda: language_model(Decoder(**SELECTIVE))), "have no KV cache"),
+    (dict(model=lambda: language_model(Decoder(**LOOPED), looped=True)), "one token at a time"),
+    (dict(model=lambda: language_model(Decoder(**OPTIONS, shift_tokens=1))), "shift_tokens is wrong"),
+    (dict(model=lambda: language_model(average_pool_embed=True)), "no logits"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str) -> None:
-    make, shape, chunk, options, message = REFUSED[case]
+@pytest.mark.parametrize(("passed", "message"), REFUSED)
+def test_refused(passed: dict[str, Any], message: str) -> None:
+    def call(model: Any = language_model, shape: tuple[int, ...] = (1, 8), chunk: int = 4, **options: Any) -> None:
+        prefill(model(), torch.zeros(shape, dtype=torch.long), chunk, **options)
+
     with pytest.raises(ValueError, match=message):
-        prefill(make(), torch.zeros(shape, dtype=torch.long), chunk, **options)
+        call(**passed)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_cache
+import strategies
 import torch
 from pristine import build_both
 from strategies import build, softmax, tokens
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from x_transformers import Attention
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
-OPTIONS: dict[str, Any] = {**test_cache.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
+OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
 MEMORY = dict(attn_num_mem_kv=2)
 ATTENTION = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
 
@@ -256,56 +256,49 @@ def key_values(seed: int, length: int = 7) -> tuple[Tensor, Tensor]:
     return randn(seed, 2, 2, length, 8), randn(seed + 1, 2, 2, length, 8)
 
 
+def traced_to_graph(mode: str) -> Callable[..., Any]:
+    return lambda function, *args: make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
+
+
+TRACERS = {
+    "jit": lambda function, *args: torch.jit.trace(function, args, check_trace=False),
+    "real": traced_to_graph("real"),
+    "symbolic": traced_to_graph("symbolic"),
+}
+
+
+@pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
 @pytest.mark.filterwarnings("ignore")  # of what a trace takes for constant
 @torch.no_grad()
-def test_a_traced_model_gives_its_answers_for_other_inputs():
-    for model in build_both({**OPTIONS, **MEMORY}, 0):
+def test_what_is_traced_keeps_nothing_of_the_inputs_that_it_was_traced_with(trace):
+    model = model_of("no flash", **MEMORY)
 
-        def step(*args: Tensor, model: Any = model) -> Tensor:
-            return steps(model, *args)
+    def decode(*args: Tensor) -> Tensor:
+        return steps(model, *args)
 
-        forward = torch.jit.trace(model, (tokens(0, 2, 9),), check_trace=False)
-        decode = torch.jit.trace(step, (tokens(0, 2, 2), *key_values(0)), check_trace=False)
-        for seed in (1, 2):
-            inputs = tokens(seed, 2, 2), *key_values(seed)
-            assert_equal_to_rounding(forward(tokens(seed, 2, 9)), model(tokens(seed, 2, 9)))
-            assert_equal_to_rounding(decode(*inputs), step(*inputs))
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        return tokens(seed, 2, 2), *key_values(seed)
 
-
-@pytest.mark.parametrize("mode", ["real", "symbolic"])
-@torch.no_grad()
-def test_a_traced_step_keeps_nothing_of_the_inputs_that_it_was_traced_with(mode):
-    model = model_of("no flash")
-    trace = make_fx(lambda *args: steps(model, *args), tracing_mode=mode, _allow_non_fake_inputs=True)
-    graph = trace(tokens(0, 2, 2), *key_values(0))
-
+    forward_traced, decode_traced = trace(model, tokens(0, 2, 9)), trace(decode, *inputs(0))
     for seed in (1, 2):
-        inputs = tokens(seed, 2, 2), *key_values(seed)
-        assert_equal_to_rounding(graph(*inputs), steps(model, *inputs))
+        assert_equal_to_rounding(forward_traced(tokens(seed, 2, 9)), model(tokens(seed, 2, 9)))
+        assert_equal_to_rounding(decode_traced(*inputs(seed)), decode(*inputs(seed)))
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @torch.no_grad()
 def test_an_ensemble_decodes_through_vmap(attention):
-    found = []
-    both = [build_both({**OPTIONS, **ATTENTION[attention]}, seed) for seed in range(3)]
-    x = tokens(0, 2, 2)
+    models = [build({**OPTIONS, **ATTENTION[attention]}, seed) for seed in range(3)]
+    stacked, x = stack_module_state(models), tokens(0, 2, 2)
 
-    for models in zip(*both):
-        params, buffers = stack_module_state(list(models))
-        base = models[0]
+    def decode(*params_and_buffers: Any) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(models[0], params_and_buffers, args, kwargs)
 
-        def decode(params: Any, buffers: Any, base: Any = base) -> Tensor:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                return torch.func.functional_call(base, (params, buffers), args, kwargs)
+        first, cache = call(x[:, :1], return_intermediates=True)
+        return torch.cat((first, continue_with(call, x[:, 1:], cache)[0]), dim=1)
 
-            first, cache = call(x[:, :1], return_intermediates=True)
-            return torch.cat((first, continue_with(call, x[:, 1:], cache)[0]), dim=1)
-
-        found.append(torch.vmap(decode)(params, buffers))
-
-    assert_equal_to_rounding(*found)
-    for out, (model, _) in zip(found[0], both):
+    for out, model in zip(torch.vmap(decode)(*stacked), models):
         assert_equal_to_rounding(out, model(x))
 
 

@@ -8,9 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import test_cache
 import torch
-from strategies import build, tokens
+from strategies import OPTIONS, build, tokens
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -20,7 +19,7 @@ LENGTH = 40
 
 
 def trainable(seed: int = 0) -> Any:
-    options = {**test_cache.OPTIONS, "attn_num_mem_kv": 2, "rotary_xpos_scale_base": 16}
+    options = {**OPTIONS, "attn_num_mem_kv": 2, "rotary_xpos_scale_base": 16}
     return build(options, seed, dtype=torch.float32).requires_grad_(True)
 
 
