@@ -14,7 +14,7 @@ from packaging_support import ROOT, patched_tree, pristine_tree
 
 FILE = "x_transformers/x_transformers.py"
 # in the order in which they are likely to tell, cheap ones first
-NAMES = ("rotary", "features", "properties", "cache", "wrappers", "survey", "compile")
+NAMES = ("rotary", "features", "properties", "cache", "wrappers", "chunks", "survey", "compile")
 # undoing these brings back lines that are never reached
 SAME = {"        return freqs, 1.\n"}
 

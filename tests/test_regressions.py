@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from packaging_support import BACKPORT, LINE, ROOT, SPEED, built_tree, fixes_tree, hatch_build, pristine_tree
+from packaging_support import BACKPORT, LINE, ROOT, built_tree, fixes_tree, hatch_build, pristine_tree
 
 # What a failure says, by the reason in the mark. A TypeError, a missing name or a shape that does not fit would make a
 # test fail as well, but would not show what is wrong with the answers.
@@ -75,10 +75,10 @@ def test_the_properties_and_the_regressions_hold_with_the_fixes_alone(tmp_path: 
 # patches without which the others apply, and a test that fails then
 NEEDED_BY = {
     (LINE, "0005"): "tests/test_features.py::test_decoding_is_not_limited_by_what_is_in_the_cache",
-    (LINE, "0010"): "tests/test_cache.py::test_from_the_third_step_on_nothing_that_is_cached_is_copied",
+    (LINE, "0011"): "tests/test_chunks.py::test_what_one_call_has_no_range_for",
     (BACKPORT, "0003"): "tests/line_1_27/test_xpos.py::test_as_many_queries_as_the_dtype_can_represent_and_no_more",
 }
-PATCHES = [(line, name[:4]) for line in (LINE, BACKPORT) for name in hatch_build.read_series(ROOT / line)[: SPEED.stop]]
+PATCHES = [(line, name[:4]) for line in (LINE, BACKPORT) for name in hatch_build.read_series(ROOT / line)]
 
 
 @pytest.mark.parametrize(("line", "number"), [patch for patch in PATCHES if patch not in NEEDED_BY])
