@@ -3,7 +3,8 @@
     pip install -c constraints.txt ".[test]"
     python benchmarks/speed.py                                       # half an hour on two cores
     python benchmarks/speed.py decode --lengths 256 1024             # a part of it
-    python benchmarks/speed.py --device cuda --dtype bfloat16
+    python benchmarks/speed.py --device cuda --dtype bfloat16        # also what is replayed as a CUDA graph
+    python benchmarks/speed.py train --device cuda --dtype bfloat16 --autocast
 
 Upstream's pinned release is built by the same hook with an empty series, and imported beside the fork. What is compared
 runs interleaved in one process, in an order drawn anew for each round, so that what else the machine does hits all of
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import random
 import statistics
 import sys
@@ -64,6 +66,7 @@ class Setup:
     packages: Mapping[str, ModuleType]
     device: torch.device
     dtype: torch.dtype
+    autocast: bool
     seconds: float
 
     def models(self, *, train: bool = False) -> dict[Case, nn.Module]:
@@ -75,7 +78,7 @@ class Setup:
         decoder = self.packages[name].Decoder(**sizes, attn_flash=True, **POSITIONS[kind])
         outer = dict(num_tokens=256, max_seq_len=2**20, use_abs_pos_emb=False)
         model = self.packages[name].TransformerWrapper(**outer, attn_layers=decoder)
-        return model.to(self.device, self.dtype).eval()
+        return model.to(self.device, torch.float32 if self.autocast else self.dtype).eval()
 
     def tokens(self, seq_len: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -136,14 +139,17 @@ def compiled(setup: Setup, length: int) -> str:
     return row(length, setup.medians({case: partial(train_step, model, x) for case, model in models.items()}))
 
 
+def step_from(cache: Any, model: nn.Module, x: Tensor) -> Any:
+    return model(x, cache=cache, input_not_include_cache=True, return_intermediates=True)[1]
+
+
 def decode(setup: Setup, length: int) -> str:
     """One step after another, each from the cache that the last one gave."""
 
     def step(model: nn.Module, state: list[Any]) -> None:
-        new = dict(cache=state[0], input_not_include_cache=True)
-        _, state[0] = model(setup.tokens(1), **new, return_intermediates=True)
+        state[0] = step_from(state[0], model, x)
 
-    models = setup.models()
+    x, models = setup.tokens(1), setup.models()
     with torch.no_grad():
         calls = {case: partial(step, model, [setup.cache(case[0], length)]) for case, model in models.items()}
         found = setup.medians(calls)
@@ -152,8 +158,24 @@ def decode(setup: Setup, length: int) -> str:
     return row(length, found)
 
 
+def replayed(setup: Setup, length: int) -> str:
+    """A step of decoding from a cache of `length`, captured as a CUDA graph."""
+
+    def capture(call: Callable[[], object]) -> Callable[[], None]:
+        call()  # what is done once is not captured
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    x, models = setup.tokens(1), setup.models()
+    with torch.no_grad():
+        calls = {case: partial(step_from, setup.cache(case[0], length), model, x) for case, model in models.items()}
+        return row(length, setup.medians({case: capture(call) for case, call in calls.items()}))
+
+
 def rotation(setup: Setup, length: int) -> str:
-    """Of q and k (1, 8, n, 64) with 32 dims rotated, tables given, beside a copy of both."""
+    """Of q and k (1, 8, n, 64) with 32 dims rotated, tables given, beside a copy, and flash-attention's kernel."""
     q, k = torch.randn(2, 1, HEADS, length, DIM_HEAD).to(setup.device, setup.dtype).unbind()
     old, new = (setup.packages[name].x_transformers for name in ("upstream", "fork"))
     freqs, scale = old.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device).forward_from_seq_len(length)
@@ -163,11 +185,18 @@ def rotation(setup: Setup, length: int) -> str:
     def upstream() -> object:
         return old.apply_rotary_pos_emb(q, freqs, scale), old.apply_rotary_pos_emb(k, freqs, scale**-1.0)
 
-    calls: Calls = {
+    calls: dict[Case, Callable[[], object]] = {
         ("both", "none"): lambda: (q.clone(), k.clone()),
         ("upstream", "xpos"): upstream,
         ("fork", "xpos"): lambda: tuple(map(new.multiply_pairs, (q, k), factors)),
     }
+    if setup.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        apply_rotary = importlib.import_module("flash_attn.ops.triton.rotary").apply_rotary
+        halves = [factor[0, 0, :, : ROTARY_DIM // 2] for factor in factors]
+        tables = [(half.real.to(setup.dtype).contiguous(), half.imag.to(setup.dtype).contiguous()) for half in halves]
+        calls["flash-attention", "xpos"] = lambda: [
+            apply_rotary(t.transpose(1, 2), *table, interleaved=True) for t, table in zip((q, k), tables)
+        ]
     with torch.no_grad():
         return row(length, setup.medians(calls))
 
@@ -177,8 +206,9 @@ PARTS: Mapping[str, tuple[Callable[[Setup, int], str], str, Sequence[int]]] = {
     "prefill": (prefill, HEAD, (1_024,)),
     "train": (train, HEAD, (1_024,)),
     "decode": (decode, HEAD, (256, 1_024, 4_096, 16_384)),
-    "rotation": (rotation, "copy | xPos, upstream | xPos, fork", (1_024,)),
+    "rotation": (rotation, "copy | xPos, upstream | xPos, fork | fused, if installed", (1_024,)),
     "compiled": (compiled, "no positions | xPos, upstream | xPos, fork", (256, 1_024)),
+    "replayed": (replayed, HEAD, (256, 1_024, 4_096, 16_384)),
 }
 
 
@@ -188,21 +218,25 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="tokens, or tokens in the cache")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--autocast", action="store_true", help="to the dtype, from models in float32")
     parser.add_argument("--seconds", type=float, default=60.0, help="of rounds per line (default: 60)")
     options = parser.parse_args()
     if unknown := sorted({*options.parts} - {*PARTS}):
         parser.error(f"there is no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
 
     packages = {"upstream": load(pristine_tree()), "fork": load(None)}
-    setup = Setup(packages, torch.device(options.device), getattr(torch, options.dtype), options.seconds)
-    where = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    setup = Setup(packages, device, dtype, options.autocast, options.seconds)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    dtypes = f"{options.dtype} autocast" if options.autocast else options.dtype
     sizes = f"dim {DIM}, depth {DEPTH}, {HEADS} heads of {DIM_HEAD}, {ROTARY_DIM} dims rotated, flash, batch 1"
-    print(f"{options.device} ({where}), {options.dtype}, torch {torch.__version__}; {sizes}.", flush=True)
-    for name in options.parts or PARTS:
+    print(f"{options.device} ({where}), {dtypes}, torch {torch.__version__}; {sizes}.", flush=True)
+    for name in options.parts or [name for name in PARTS if name != "replayed" or device.type == "cuda"]:
         part, head, lengths = PARTS[name]
         print(f"\n### {name}\n\n| n | {head} |\n{'|---' * (head.count('|') + 2)}|", flush=True)
         for length in options.lengths or lengths:
-            print(part(setup, length), flush=True)
+            with torch.autocast(device.type, dtype, enabled=options.autocast):
+                print(part(setup, length), flush=True)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,11 @@ INSTEAD: dict[str, tuple[str, ...]] = {
     TESTS: (),
     'git am "$repo"/patches/2.x/{000?,0010}-*.patch "$repo"/patches/2.x/tests-for-upstream/*.patch': (),
     "python examples/length_extrapolation.py": (),
+    # needs a GPU, or is run by the fast tier
+    "python -m x_transformers.xpos --device cuda --dtype bfloat16": (),
+    "python benchmarks/speed.py --device cuda --dtype bfloat16": (),
+    "python benchmarks/speed.py train --device cuda --dtype bfloat16 --autocast": (),
+    "pytest tests/test_cuda.py": (),
     # in a short form
     "python patches/try_release.py latest": ("python patches/try_release.py latest --no-properties",),
     "python patches/try_release.py --newest 10 --write": ("python patches/try_release.py --newest 2 --no-properties",),
