@@ -15,12 +15,12 @@ from test_regressions import run
 
 TESTS = "tests/line_1_27"
 NAME_ERROR = "NameError: name 'seq_len' is not defined"
+HALF = ("bfloat16", "float16")
 LEFT_OUT = {"cached-new", "shift", "scores-shards", "added-kv", "context-pos"}
 
 
-@pytest.mark.parametrize("examples", ["quick", pytest.param("default", marks=pytest.mark.slow)])
-def test_its_tests_pass(examples: str, tmp_path: Path) -> None:
-    outcomes = run(tmp_path, f"--package={patched_tree(BACKPORT)}", TESTS, HYPOTHESIS_PROFILE=examples)
+def test_its_tests_pass(tmp_path: Path) -> None:
+    outcomes = run(tmp_path, f"--package={patched_tree(BACKPORT)}", TESTS, HYPOTHESIS_PROFILE="quick")
     assert len(outcomes) > 50
     assert [outcome for outcome in outcomes if outcome.failure is not None] == []
 
@@ -34,7 +34,7 @@ def test_regression_tests_fail_on_the_pristine_release(tmp_path: Path, subtests:
             assert failure == (NAME_ERROR if reason else None)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in HALF)])
 def test_check_passes_and_names_what_the_release_has_no_argument_for(dtype: str, tmp_path: Path) -> None:
     result = process(tmp_path, "--max-len", "128", "--json", "--dtype", dtype, path=patched_tree(BACKPORT))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -95,7 +95,7 @@ def test_every_property_holds(tmp_path: Path, tool: Tool) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", pytest.param("float64", marks=pytest.mark.slow)])
 def test_every_property_holds_in_every_dtype(dtype: str, tool: Tool) -> None:
     status, fields = tool.check(*SHORT, "--dtype", dtype)
     assert (status, fields["passed"], fields["run"]["dtype"]) == (0, True, dtype), failed(fields)
@@ -308,6 +308,7 @@ def test_the_unpatched_release_is_told_from_the_fork(tmp_path: Path) -> None:
     assert not rows["prefix consistency"]
 
 
+@pytest.mark.slow
 def test_a_modified_package_is_told_although_every_property_holds(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     with (tmp_path / PACKAGE.name / "attend.py").open("a", encoding="utf-8") as file:

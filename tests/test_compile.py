@@ -107,8 +107,8 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = 
     [
         *((name, "flash", "eager") for name in CALLS if name not in ("all dims rotated", "decode step")),
         *((name, "no flash", "eager") for name in ("all dims rotated", "decode step")),
-        # functionalized too, as for a compiler, which takes longer
-        ("decode step", "flash", "aot_eager"),
+        # functionalized too, as for a compiler, and by one
+        pytest.param("decode step", "flash", "aot_eager", marks=pytest.mark.slow),
         pytest.param("decode step", "flash", "inductor", marks=pytest.mark.slow),
     ],
 )
@@ -128,7 +128,9 @@ def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode(backend)
     assert graphs_compiled(model, [(tokens(n, 2, n),) for n in LENGTHS], backend, [*model.parameters()]) == 1
 
 
-@pytest.mark.parametrize("compiled", ["layers", "what is around them", "one step of several"])
+@pytest.mark.parametrize(
+    "compiled", ["layers", pytest.param("what is around them", marks=pytest.mark.slow), "one step of several"]
+)
 @torch.no_grad()
 def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager_mode(compiled):
     model, x, lens = model_of(**MEMORY), tokens(0, 2, 12), [5, 7]

@@ -94,6 +94,7 @@ INSTEAD: dict[str, tuple[str, ...]] = {
     "python benchmarks/speed.py train --device cuda --dtype bfloat16 --autocast": (),
     "pytest tests/test_cuda.py": (),
     # in a short form
+    "python -m x_transformers.xpos": ("python -m x_transformers.xpos --max-len 128",),
     "python patches/try_release.py latest": ("python patches/try_release.py latest --no-properties",),
     "python patches/try_release.py --newest 10 --write": ("python patches/try_release.py --newest 2 --no-properties",),
     "python benchmarks/speed.py": (
@@ -112,7 +113,10 @@ INSTEAD: dict[str, tuple[str, ...]] = {
         ITSELF,
         '(python -m x_transformers.xpos 2>&1 || true) | grep "No module named x_transformers.xpos"',
     ),
-    'uv pip install "git+file://$PWD#subdirectory=patches/1.27.x"': (ITSELF, "python -m x_transformers.xpos"),
+    'uv pip install "git+file://$PWD#subdirectory=patches/1.27.x"': (
+        ITSELF,
+        "python -m x_transformers.xpos --max-len 128",
+    ),
     # not the export that is being made, but what it is compared with, to the last byte
     'rm "$line"/*.patch': ('cp -r "$line" "$work/before"', ITSELF),
     '(cd "$line" && ls *.patch > series)': (ITSELF, 'diff -r "$line" "$work/before"'),

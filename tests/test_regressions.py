@@ -62,6 +62,7 @@ def test_every_regression_test_fails_on_the_unpatched_release(tmp_path: Path, su
             assert re.match(REASONS[reason], failure), f"not {reason!r}: {failure}"
 
 
+@pytest.mark.slow
 def test_the_properties_and_the_regressions_hold_with_the_fixes_alone(tmp_path: Path) -> None:
     about = [f"tests/test_{name}.py" for name in ("properties", "rotary", "features")]
     # what the fixes lack is the tables of the patches about speed

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pristine import build_both, pristine_imports, pristine_strategies
-from strategies import OPTIONS, SMALL, decoder_options, gradients, seeds, splits, tokens
+from strategies import OPTIONS, SMALL, decoder_options, few, gradients, seeds, splits, tokens
 from survey import ENTRIES, MEASURES, PLAIN, Entry, Scene
 from test_properties import assert_equal_to_rounding
 from torch import Tensor
@@ -162,6 +162,7 @@ def assert_agree(actual: list[Tensor], expected: list[Tensor]) -> None:
 ATTRIBUTES = ["scale_base", "inv_freq", "scale", "interpolation_factor"]
 
 
+@few
 @given(decoder_options(), seeds, splits(), st.sets(st.sampled_from(ATTRIBUTES)), st.sampled_from([2.0, 0.5]))
 def test_with_xpos_self_attention_agrees_to_rounding_whatever_is_set_on_a_model(options, seed, lens, names, factor):
     x, num_new, found = tokens(seed, 2, sum(lens)), sum(lens[1:]), []
@@ -193,6 +194,7 @@ class OtherRotary(Module):
         return t[None, :, None] * torch.linspace(0, 1, self.dim // 2).repeat_interleave(2).double(), 1.0
 
 
+@few
 @given(decoder_options(), seeds, splits())
 def test_a_rotary_embedding_of_ones_own_is_called_as_upstream_calls_it(options, seed, lens):
     x, found = tokens(seed, 2, sum(lens)), []
@@ -217,6 +219,7 @@ class OtherAttention(Module):
         return self.attention(x, rotary_pos_emb=tables, **kwargs)
 
 
+@few
 @given(decoder_options(), st.integers(0, 2), seeds, splits())
 def test_a_layer_of_ones_own_is_given_angles_and_scales(options, num_mem_kv, seed, lens):
     x, options = tokens(seed, 2, sum(lens)), {**options, "attn_num_mem_kv": num_mem_kv}

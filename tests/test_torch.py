@@ -21,7 +21,7 @@ NEEDED_BY_TESTS = ["hatchling", "hypothesis", "pip", "pytest", "pytest-xdist", "
 @pytest.mark.parametrize("torch", RELEASES)
 def test_properties_hold(torch: str) -> None:
     uv = Path(sys.executable).with_name("uv")
-    environment = {**clean_environment(), "OMP_NUM_THREADS": "1"}
+    environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
 
     def run(*command: str | Path) -> str:
         result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
