@@ -107,8 +107,7 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = 
     [
         *((name, "flash", "eager") for name in CALLS if name not in ("all dims rotated", "decode step")),
         *((name, "no flash", "eager") for name in ("all dims rotated", "decode step")),
-        # functionalized too, as for a compiler, and by one
-        pytest.param("decode step", "flash", "aot_eager", marks=pytest.mark.slow),
+        # functionalized too, and compiled in earnest
         pytest.param("decode step", "flash", "inductor", marks=pytest.mark.slow),
     ],
 )
