@@ -157,13 +157,13 @@ def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager
 @torch.no_grad()
 def test_one_more_graph_for_a_length_of_1_and_an_error_past_the_limit():
     model = model_of()
-    longest = model.attn_layers.rotary_pos_emb.max_seq_len(torch.float16)
+    longest = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float16)
     lengths = (3, longest, 1, longest + 1, longest + 9, 1, 2)
 
     assert graphs_compiled(model, [(tokens(0, 1, n),) for n in lengths]) == 2
 
     compiled = torch.compile(model, dynamic=True, backend="eager")
-    too_long = model.attn_layers.rotary_pos_emb.max_seq_len(torch.float64, is_masked=False) + 1
+    too_long = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float64) + 1
     with pytest.raises(ValueError, match=f"{too_long} queries in one call exceed the limit of {too_long - 1}"):
         compiled(tokens(0, 1, too_long))
 
