@@ -25,9 +25,8 @@ provenance = hatch_build.provenance
 ROOT = Path(__file__).parent.parent
 LINE = Path("patches", "2.x")
 BACKPORT = Path("patches", "1.27.x")
-# the parts of the default line's series, each a pull request: the first patches are fixes, which stand alone, the next
-# are about speed; what follows is of the fork alone
-FIXES, SPEED = slice(0, 8), slice(8, 10)
+# the parts of the default line's series: three pull requests, each on top of the one before it, and the fork's own
+PARTS = ("A", "B", "C", "fork")
 
 _PROJECT = ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
 _DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
@@ -93,9 +92,22 @@ def pristine_tree(line: Path = LINE) -> Path:
     return built_tree(line, ())
 
 
-def fixes_tree() -> Path:
-    """The same with the default line's fixes, and nothing of its speed."""
-    return built_tree(LINE, hatch_build.read_series(ROOT / LINE)[FIXES])
+def series_part(part: str) -> list[str]:
+    """The names of the default line's patches below the comment in `series` that begins a part."""
+    names: dict[str, list[str]] = {}
+    for line in (ROOT / LINE / "series").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            last = names.setdefault(line.split()[1], [])
+        else:
+            last.append(line)
+    assert tuple(names) == PARTS
+    return names[part]
+
+
+def tree_up_to(last: str) -> Path:
+    """The same with the parts of the default line's series up to one of them."""
+    parts = PARTS[: PARTS.index(last) + 1]
+    return built_tree(LINE, [name for part in parts for name in series_part(part)])
 
 
 def patched_tree(line: Path = LINE) -> Path:

@@ -26,6 +26,7 @@ from strategies import OPTIONS, build, decoder_options, gradients, seeds, splits
 from test_properties import assert_equal_to_rounding, prefill_with_cache
 from torch import Tensor, nn
 
+from x_transformers import AutoregressiveWrapper
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 
@@ -161,7 +162,7 @@ class Session:
 @given(
     decoder_options(), seeds, st.integers(1, 12), st.lists(lines, min_size=2, max_size=10), st.booleans(), st.booleans()
 )
-# memory that caches share: an older one is edited in place, and a newer one is read; two steps go on from one; and so on
+# these fail where caches share memory: an older one is edited in place, or two steps go on from one
 @example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("edit", 1, 2), ("step", 2, 1)], False, False)
 @example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("step", 1, 1), ("step", 2, 1)], False, False)
 @example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("hold views", 1, 2), ("edit", 2, 2)], False, False)
@@ -328,3 +329,61 @@ def test_from_the_second_step_on_nothing_that_is_cached_is_copied(options, seed,
     _, cache = continue_with(model, x[:, :1], cache)
     assert {t.shape[-2] for t in keys_values(cache)} == {prompt_len + num_steps + 1}
     assert all(isinstance(inter, Intermediates) for inter in cache.attn_intermediates)
+
+
+# generate
+
+
+@given(
+    decoder_options(), st.integers(0, 2), seeds, st.integers(1, 8), st.integers(1, 8), st.integers(0, 3), st.booleans()
+)
+@pytest.mark.regression("no argument")
+@torch.no_grad()
+def test_generate_continues_from_a_cache(options, num_mem_kv, seed, prompt_len, num_new, more, cache_kv):
+    model = build({**options, "attn_num_mem_kv": num_mem_kv}, seed)
+    wrapper, first = AutoregressiveWrapper(model), tokens(seed, 2, prompt_len)
+    greedy = dict(temperature=0.0, return_intermediates=True)
+
+    # of another turn, or of any part of the prompt
+    turn, cache = wrapper.generate(first, num_new, cache=None, **greedy)
+    prompt = torch.cat((first, turn, tokens(seed + 1, 2, more)), dim=1)
+    held = [t.clone() for t in keys_values(cache)]
+    expected, _ = wrapper.generate(prompt, num_new, **greedy)
+    for each in (cache, prefill_with_cache(model, prompt[:, :prompt_len], [prompt_len])[1]):
+        generated, after = wrapper.generate(prompt, num_new, cache=each, cache_kv=cache_kv, **greedy)
+        assert torch.equal(generated, expected)
+
+    assert all(map(torch.equal, held, keys_values(cache)))
+    assert not cache_kv or after.cache_length == prompt.shape[1] + num_new - 1
+    # of the prompts there is none new, a row is missing, there are too many tokens, or others are in front
+    for misfit, kwargs in (
+        (prompt[:, : cache.cache_length], {}),
+        (prompt[:1], {}),
+        (prompt.repeat(1, model.max_seq_len), {}),
+        (prompt, dict(prepend_embeds=torch.zeros(2, 1, options["dim"]).double())),
+    ):
+        with pytest.raises(ValueError, match=rf"^`cache`, of 2 x {cache.cache_length} tokens, must"):
+            wrapper.generate(misfit, num_new, cache=cache, **kwargs)
+
+
+@pytest.mark.parametrize("past_max_seq_len", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_generate_appends_to_the_cache_with_its_defaults(padded, past_max_seq_len):
+    prompt_len, num_new = 20, 12
+    model = build(OPTIONS, 0, torch.float32)  # in float64 upstream has nan for rows of padding alone
+    model.max_seq_len = 24 if past_max_seq_len else model.max_seq_len
+    appended = []
+
+    def note(layers, args, kwargs, output):
+        before, after = (c.attn_intermediates[0] if c is not None else None for c in (kwargs["cache"], output[1]))
+        memories = [getattr(inter, "memory", None) for inter in (before, after)]
+        appended.append(None not in memories and memories[0][0].data_ptr() == memories[1][0].data_ptr())
+
+    model.attn_layers.register_forward_hook(note, with_kwargs=True)
+    lens = dict(prompt_lens=torch.tensor([prompt_len, 5])) if padded else {}
+    AutoregressiveWrapper(model).generate(tokens(0, 2, prompt_len), num_new, **lens)
+
+    # the prompt, a first step that copies, and all others; a cache that has reached `max_seq_len` slides, and is copied
+    num_appended = 24 - prompt_len - 1 if past_max_seq_len else num_new - 2
+    assert appended == [False] * 2 + [True] * num_appended + [False] * (num_new - 2 - num_appended)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging_support import ROOT, hatch_build, pristine_tree
+from packaging_support import LINE, PARTS, ROOT, hatch_build, pristine_tree, tree_up_to
 from pristine import pristine_imports
-from test_patches import TESTS_PATCH
+from test_patches import TESTS_PATCHES
 from test_regressions import run
 
 import x_transformers
@@ -28,20 +28,25 @@ def outcomes(tests: Path, tree: Path, directory: Path) -> dict[str, bool]:
     return {name: failure is None for name, _, failure in run(directory, *alone, cwd=directory, PYTHONPATH=str(tree))}
 
 
-def test_the_patch_with_tests_adds_those_that_fail_without_the_series_and_pass_with_it(tmp_path: Path) -> None:
-    said = hatch_build.git_apply(TESTS_PATCH.read_bytes(), tmp_path, "--apply", "--summary", "--whitespace=warn")
-    assert said == (0, " create mode 100644 tests/test_xpos.py\n")
-    patched, pristine = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in (FORK, pristine_tree()))
+@pytest.mark.parametrize("part", TESTS_PATCHES)
+def test_tests_of_a_pull_request_fail_without_it_and_pass_with_it(part: str, tmp_path: Path) -> None:
+    for each in "ABC"[: "ABC".index(part) + 1]:
+        said = hatch_build.git_apply(TESTS_PATCHES[each].read_bytes(), tmp_path, "--apply", "--whitespace=error")
+        assert said == (0, "")
+    before = pristine_tree() if part == "A" else tree_up_to(PARTS[PARTS.index(part) - 1])
+    without, with_it = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in (before, tree_up_to(part)))
 
-    assert patched.keys() == pristine.keys()
-    assert {*patched.values()} == {True}
-    assert {*pristine.values()} == {False}
-    assert f"All {len(patched)} fail without" in TESTS_PATCH.read_text(encoding="utf-8")
+    assert with_it.keys() == without.keys()
+    assert {*with_it.values()} == {True}
+    message = " ".join(TESTS_PATCHES[part].read_text(encoding="utf-8").partition("---")[0].split())
+    failed = [*without.values()].count(False)
+    # a cache is a value before it is appended to, and has to stay one
+    assert f"All {failed} fail without" in message or f"{failed} of these {failed + 1} fail" in message
 
 
-# the code of each reproduction in the text of the pull request
-TEXT = (ROOT / "patches" / "README.md").read_text(encoding="utf-8").partition("### The text of the pull request")[2]
-QUOTED = re.sub(r"^> ?", "", TEXT, flags=re.MULTILINE)
+# the code of each reproduction in the texts of the pull requests, and what stays as it is for the text itself
+TEXTS = {part: (ROOT / LINE / "pull-requests" / f"{part}.md").read_text(encoding="utf-8") for part in "ABC"}
+QUOTED = "\n".join(TEXTS.values())
 REPRODUCTIONS = [textwrap.dedent(c) for c in re.findall(r"^ *```python\n(.*?)^ *```", QUOTED, re.DOTALL | re.MULTILINE)]
 
 
@@ -58,7 +63,7 @@ def prints(code: str) -> str:
 
 def test_all_patches_but_those_on_speed_and_shards_have_a_reproduction() -> None:
     names = re.findall(r"^\d\. .*\((\d{4})\)$", QUOTED, re.MULTILINE)
-    assert names == ["0001", "0001", "0001", "0002", "0003", "0004", "0005", "0006", "0007"]
+    assert names == ["0001", "0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0012"]
     assert len(REPRODUCTIONS) == len(names)
 
 

@@ -253,6 +253,16 @@ def test_a_table_equals_the_formula_whatever_was_done_with_the_module(
             assert all(map(torch.equal, actual, same))
 
 
+def test_a_table_of_a_module_that_upstream_pickled():
+    rotary, pickled = (RotaryEmbedding(32, use_xpos=True) for _ in range(2))
+    for name in ("dim", "base"):
+        vars(pickled).pop(name)
+
+    # the digits of float32 are not restored then
+    for actual, expected in zip(pickled.forward_from_seq_len(9), rotary.forward_from_seq_len(9)):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @given(
     st.sampled_from([torch.int8, torch.uint8, torch.int16, torch.int32, torch.float16, torch.float32, torch.float64]),
     st.integers(1, 120),

@@ -368,6 +368,28 @@ def several_inputs_in_two_calls(d: Drawn) -> Pairs:
     yield torch.cat((logits["b"], after["b"]), dim=1), model(x)["b"]
 
 
+@case()
+def the_whole_prefix_with_the_cache(d: Drawn) -> Pairs:
+    # as people write the loop: plain rotary counts what is cached twice then, in self attention as in cross attention
+    context = dict(context=randn(d.seed, 2, 5, d.options["dim"]), context_pos=torch.arange(5)) if d.flag else {}
+    layers = Decoder(**d.options, cross_attend=d.flag)
+    alone = d.prepared(Decoder(**d.options, cross_attend=True, only_cross=True)) if d.flag else None
+    inputs = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32)
+    x = randn(d.seed, 2, d.first + d.new, d.options["dim"])
+    models = [(d.prepared(layers), x), *([(alone, x)] if alone is not None else [])]
+    wrapper = d.prepared(MultiInputTransformerWrapper(attn_layers=layers, **inputs))
+
+    for model, inp in [*models, (wrapper, dict(a=d.x, b=d.x.flip(0)))]:
+        is_layers, outs, cache = isinstance(inp, Tensor), [], None
+        for n in range(1, d.first + d.new + 1):
+            part = inp[:, :n] if is_layers else {name: t[:, :n] for name, t in inp.items()}
+            returned = {"return_hiddens" if is_layers else "return_intermediates": True}
+            out, cache = model(part, cache=cache, **returned, **context)
+            outs.append((out if is_layers else out["b"])[:, -1:])
+        full = model(inp, **context)
+        yield torch.cat(outs, dim=1), full if is_layers else full["b"]
+
+
 # padding
 
 
