@@ -17,7 +17,7 @@ TESTS_PATCHES = dict(zip("ABC", sorted((ROOT / LINE / "tests-for-upstream").glob
 PATCHES = [*SERIES[BACKPORT], *SERIES[LINE]]
 
 # a backport is trusted at a glance, and what upstream's author reads once has lines no wider than those around it
-MOST_CHANGED_LINES = 37
+MOST_CHANGED_LINES = 43
 WIDE = 120
 ONLY_FILE = "x_transformers/x_transformers.py"
 # and single lines, or one argument, of two more in the default line
