@@ -17,7 +17,7 @@ TESTS_PATCHES = dict(zip("ABC", sorted((ROOT / LINE / "tests-for-upstream").glob
 PATCHES = [*SERIES[BACKPORT], *SERIES[LINE]]
 
 # a backport is trusted at a glance, and what upstream's author reads once has lines no wider than those around it
-MOST_CHANGED_LINES = 43
+MOST_CHANGED_LINES = 45
 WIDE = 120
 ONLY_FILE = "x_transformers/x_transformers.py"
 # and single lines, or one argument, of two more in the default line
@@ -26,7 +26,7 @@ FILES = {
     LINE: {ONLY_FILE, "x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"},
 }
 # of what the parts add, in lines that are not blank and in characters
-MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_400), "C": (74, 4_660), "fork": (8, 600)}
+MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_400), "C": (78, 4_760), "fork": (8, 600)}
 
 each_line = pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 
@@ -118,7 +118,7 @@ def test_is_a_commit_with_a_reason_and_exports_again_without_noise(patch: Path) 
     """As `git format-patch --zero-commit --no-signature` writes it: no commit ids, no version of git."""
     subject, reason = message(patch)
     # a longer one ends in the middle of a phrase as the name of a file
-    assert 0 < len(subject) <= (52 if patch.parent.name == "2.x" else 72)
+    assert 0 < len(subject) <= (72 if patch in TESTS_PATCHES.values() else 52)
     assert not subject.endswith(".")
     assert len(reason.split()) >= 20, "a patch says why it exists"
     content = patch.read_bytes()
