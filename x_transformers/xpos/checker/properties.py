@@ -1,0 +1,250 @@
+"""What must hold for xPos at every length, each measured on a real model: the user's or one of the check's own.
+
+A property is a generator that yields a `Point` per length: how far two computations that must agree are apart. Those
+for which attention has to be observed, or the model built in another way, are measured on the check's own models alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x_transformers import Attention, Decoder
+
+from ..release import accepts
+from . import runs, samples
+from .models import Inputs, Model
+from .runs import ROWS, Case, deviation
+
+SHIFTS = (1, 4_097, 1_000_000)
+CACHE_LENGTHS = (1_000, 10_000, 100_000)
+
+_CAST_LEN = 512
+_SCORE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """How far two computations over `length` positions are apart; infinite where one of them is not finite."""
+
+    length: int
+    deviation: float
+    note: str = ""
+
+
+# of any model
+
+
+def prefixes(case: Case) -> Iterator[Point]:
+    for length in case.lengths[:-1]:
+        yield Point(length, deviation(case.model(case.inputs.part(0, length))[0], case.full[:, :length]))
+
+
+def rows(case: Case) -> Iterator[Point]:
+    for length in (case.lengths[len(case.lengths) // 2], case.max_len):
+        together = case.model(case.texts.part(0, length))[0]
+        for row in range(ROWS):
+            alone = case.model(case.texts.part(0, length, slice(row, row + 1)))[0]
+            yield Point(length, deviation(alone, together[row : row + 1]), f"row {row + 1} of {ROWS}")
+
+
+def decoding(case: Case, *, only_new: bool) -> Iterator[Point]:
+    for length in case.lengths[1:]:
+        start = max(case.lengths[0], length - case.steps)
+        out = runs.token_by_token(case.model, case.inputs.part(0, length), start, only_new=only_new)
+        yield Point(length, deviation(out, case.full[:, start - 1 : length]))
+
+
+def chunks(case: Case) -> Iterator[Point]:
+    for size in runs.part_sizes(case.max_len):
+        yield from _by_length(case, runs.in_chunks(case.model, case.inputs, size), size)
+
+
+def segments(case: Case) -> Iterator[Point]:
+    for sizes in runs.segment_sizes(case.max_len, case.model.max_mem_len):
+        yield from _by_length(case, runs.in_segments(case.model, case.inputs, sizes), sizes[0])
+
+
+def _by_length(case: Case, out: Tensor, size: int) -> Iterator[Point]:
+    start, end = 0, out.shape[1]
+    for length in sorted({end, *(length for length in case.lengths if length < end)}):
+        yield Point(length, deviation(out[:, start:length], case.full[:, start:length]), f"parts of {size:,}")
+        start = length
+
+
+def shifts(case: Case) -> Iterator[Point]:
+    model = case.model
+
+    def positions(length: int) -> Tensor:
+        return torch.arange(model.positions(length), device=model.device)
+
+    for length in (case.lengths[len(case.lengths) // 2], case.max_len):
+        inputs, pos = case.inputs.part(0, length), positions(length)
+        expected = model(inputs)[0]
+        for shift in (0, *SHIFTS):
+            note = f"by {shift:,}" if shift else "pos=arange(n) given"
+            yield Point(length, deviation(model(inputs, pos=pos + shift)[0], expected), note)
+
+        # the layers of themselves take positions of the new alone
+        if model.is_wrapper and case.holds_in_chunks:
+            cache = model(inputs.part(0, length - 1))[1]
+            decode_last = partial(runs.continued, model, inputs, length - 1, length, cache, only_new=False)
+            last = decode_last()[0]
+            for shift in SHIFTS:
+                out = decode_last(pos=pos + shift)[0]
+                yield Point(length, deviation(out, last), f"a cached token by {shift:,}")
+
+    by_row = torch.tensor((0, *SHIFTS[-(ROWS - 1) :]), device=model.device)[:, None]
+    found, expected = model(case.texts, pos=positions(case.max_len) + by_row)[0], model(case.texts)[0]
+    yield Point(case.max_len, deviation(found, expected), "each row by its own")
+
+
+def limit(case: Case) -> Iterator[Point]:
+    """On a copy with a scale base for which the limit is below the length of the text: it may be tens of thousands.
+
+    Plain rotary has no limit, so there it is whether the model can be called at all.
+    """
+    if case.model.is_plain:
+        yield Point(case.max_len, deviation(case.full, case.full))
+        return
+    model = case.model.duplicate()
+    rotary: Any = model.layers.rotary_pos_emb
+    # limits are odd numbers, so it may come out one higher
+    rotary.scale_base *= (model.positions(case.max_len) - 2) / model.limit
+    inputs = case.inputs.part(0, model.longest(model.comfortable))
+    expected = out = model(inputs)[0]
+    if case.holds_in_chunks:
+        expected = runs.in_chunks(model, inputs, max(1, inputs.length // 3))
+    yield Point(inputs.length, deviation(out, expected), f"scale base {rotary.scale_base:.3g}")
+
+    more = model.longest(model.limit) + 1
+    yield _refusal(more, "one query too many", ValueError, lambda: model(case.inputs.part(0, more)))
+
+
+def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[], object]) -> Point:
+    try:
+        attempt()
+    except error:
+        return Point(length, 0.0, f"{name} refused")
+    return Point(length, math.inf, f"{name} not refused")
+
+
+# of the check's own models
+
+
+def scores(case: Case) -> Iterator[Point]:
+    model = case.model
+    for length in [length for length in case.lengths if length > 1][::-3]:
+        at = _some_rows(length, model)
+        with samples.observe(model, at) as layers:
+            _, cache = model(case.inputs.part(0, length))
+        for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
+            error = layer.score_error(inter.cached_kv[0][0], at, torch.arange(length))
+            yield Point(length, error, f"layer {number}")
+
+
+def _some_rows(length: int, model: Model) -> Tensor:
+    return torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(model.device)
+
+
+def scores_on_long_cache(case: Case) -> Iterator[Point]:
+    model = case.model
+    for length in CACHE_LENGTHS:
+        tokens = torch.zeros(1, length + 1, dtype=torch.long, device=model.device)
+        with samples.observe(model, _some_rows(1, model)) as layers:
+            _, cache = runs.continued(model, Inputs(tokens), length, length + 1, samples.random_cache(length, model))
+        keys = cache.attn_intermediates[0].cached_kv[0][0]
+        yield Point(length, layers[0].score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
+
+
+def refusals(case: Case) -> Iterator[Point]:
+    decoder = {"dim": samples.DIM, "depth": 1, "heads": samples.HEADS, "rotary_xpos": True, "verbose": False}
+    known = inspect.signature(Attention.__init__).parameters
+    for option in ("l2_distance", "use_cope", "rotary_embed_values"):
+        if option in known:
+            attempt: Callable[[], object] = partial(Decoder, **decoder, **{f"attn_{option}": True})
+            yield _refusal(case.max_len, option, AssertionError, attempt)
+    if accepts("causal"):
+        attempt = partial(case.model, case.inputs, causal=False)
+        yield _refusal(case.max_len, "causal = False", AssertionError, attempt)
+
+
+# all of them
+
+
+@dataclass(frozen=True)
+class Property:
+    """`compared` says what must be the same, for the report. `needs` is an argument of `AttentionLayers.forward` that
+    it is measured with. `lacked` gives the reason why a model cannot have it, empty if it can. `variant` has options of
+    the sample model that it is measured on, None for a property of any model.
+    """
+
+    key: str
+    compared: str
+    measure: Callable[[Any], Iterator[Point]]
+    tolerance: Callable[[Any], float]
+    needs: str | None = None
+    lacked: Callable[[Model], str] = lambda _model: ""
+    variant: dict[str, Any] | None = None
+
+
+def _of_shift(case: Case) -> float:
+    # in float64 alone an angle has no more digits than the model, and loses them with the size of the position
+    return case.of_calls * (max(SHIFTS) / case.max_len if case.model.dtype is torch.float64 else 1)
+
+
+def _of_limit(case: Case) -> float:
+    return case.of_chunks if case.holds_in_chunks else case.of_calls
+
+
+def _of_scores(case: Case, length: int | None = None) -> float:
+    return runs.score_tolerance(case.model.dtype, length or case.max_len, samples.DIM_HEAD)
+
+
+def _no_asserts(_model: Model) -> str:
+    return "" if __debug__ else "these refusals are assert statements, which python -O removes"
+
+
+_of_calls, _of_decoding, _no_cache = attrgetter("of_calls"), attrgetter("of_decoding"), attrgetter("no_cache")
+_whole, _new = partial(decoding, only_new=False), partial(decoding, only_new=True)
+_only_new, _no_mems, _no_shift = "input_not_include_cache", attrgetter("no_mems"), attrgetter("no_shift")
+_of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
+# models without flash, as scaled_dot_product_attention does not give out the scores
+_ALL_SCORES: dict[str, Any] = {"flash": False}
+_SHALLOW: dict[str, Any] = {"flash": False, "depth": 1}
+_BF16, _F16 = ({"flash": False, "dtype": dtype, "length": _CAST_LEN} for dtype in (torch.bfloat16, torch.float16))
+_MEMORY: dict[str, Any] = {"attn_num_mem_kv": 4}
+
+ALL = (
+    Property("prefix", "the first tokens of a text alone, and with the rest", prefixes, _of_calls),
+    Property("rows", "a text alone, and in a batch", rows, attrgetter("of_rows")),
+    Property("cached-whole", "decoding, the whole text passed, and one call", _whole, _of_decoding, lacked=_no_cache),
+    Property("cached-new", "decoding, the new token passed, and one call", _new, _of_decoding, _only_new, _no_cache),
+    Property("chunked", "chunks through the KV cache, and one call", chunks, attrgetter("of_chunks"), lacked=_no_cache),
+    Property("mems", "segments with mems, and one call", segments, attrgetter("of_segments"), lacked=_no_mems),
+    Property("shift", "positions from 0 on, and from up to a million on", shifts, _of_shift, "pos", _no_shift),
+    Property("range", "most queries that fit, and chunks; more are refused", limit, _of_limit),
+    Property("scores", "scores of a text, and the formula", scores, _of_scores, variant=_ALL_SCORES),
+    Property(
+        "scores-cache",
+        "scores on a long cache, and the formula",
+        scores_on_long_cache,
+        _of_long_cache,
+        variant=_SHALLOW,
+    ),
+    Property("scores-bf16", "scores, cast to bfloat16, and the formula", scores, _of_scores, variant=_BF16),
+    Property("scores-f16", "scores, cast to float16, and the formula", scores, _of_scores, variant=_F16),
+    Property("mem-kv", "prefixes with memory key / values", prefixes, _of_calls, variant=_MEMORY),
+    Property(
+        "mem-kv-norm", "the same with attn_qk_norm", prefixes, _of_calls, variant={**_MEMORY, "attn_qk_norm": True}
+    ),
+    Property("refusals", "options that cannot be right raise", refusals, lambda _: 0.0, lacked=_no_asserts, variant={}),
+)
