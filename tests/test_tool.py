@@ -59,6 +59,8 @@ class Builder: build = staticmethod(net)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, from which the module `train` is imported anew for each test."""
     monkeypatch.chdir(tmp_path)
+    # where `python -m` finds modules first
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "train", raising=False)
     write_model()
     return tmp_path
@@ -231,6 +233,7 @@ def test_other_wrappers(name: str) -> None:
         model = getattr(x_transformers, name)(**options, attn_layers=layers)
     report = check(model, max_len=32)
     assert report.passed, str(report)
+    assert report.notes == ()
     names = (
         ["decoder_head, Decoder", "decoder_tail, Decoder"] if name == "FreeTransformer" else [f"{name} of a Decoder"]
     )

@@ -74,9 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
     help = "say whether xPos is right here, in small models or in your own (the default)"
     description = (
-        "Run models with rotary_xpos = True over whole texts and compare what must be the same: prefixes,\n"
-        "the KV cache, chunks, mems, shifted positions, generated text, and the scores of the paper's formula.\n"
-        "With --model, run a copy of yours, in eval mode, with its weights, in its dtype, on its device."
+        "Run a model with rotary_xpos = True in every way that must give the same, and compare. With --model it\n"
+        "is a copy of yours, in eval mode, with its weights, in its dtype, on its device."
     )
     add = commands.add_parser("check", help=help, description=description, **common)
     add.set_defaults(command=run_check)
@@ -101,15 +100,10 @@ def _parser() -> argparse.ArgumentParser:
 def run_check(options: argparse.Namespace) -> tuple[int, str]:
     from .checker import OWN_MODELS, check_model
 
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        module = OWN_MODELS if options.model is None else build(options.model)
-        dtype = None if options.dtype is None else DTYPES[options.dtype]
-        progress: Callable[[str], None] = partial(print, file=sys.stderr)
-        found = check_model(module, dtype=dtype, device=options.device, max_len=options.max_len, progress=progress)
-    finally:
-        sys.path.remove(here)
+    module = OWN_MODELS if options.model is None else build(options.model)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    progress: Callable[[str], None] = partial(print, file=sys.stderr)
+    found = check_model(module, dtype=dtype, device=options.device, max_len=options.max_len, progress=progress)
     return 0 if found.passed else 1, found.to_json() if options.json else str(found)
 
 

@@ -1,11 +1,6 @@
 """The checker: what `x_transformers.xpos.check` and the command line run.
 
-    report                what was found, and in which package
-      properties          what must be the same
-        samples           the check's own models, and their attention observed
-          runs            the ways to run a model, and the tolerances
-            models        a model, one way to call it, and its copy with plain rotary
-              formula     the score of the paper, in float64
+The modules, each of which imports only those after it: report, properties, samples, runs, models, formula.
 
 Not every model has every property: with some options a decoder lacks one whatever its positions are, as a shift where
 memory keys stay at position 0. So where one does not hold for a user's model, or cannot be measured, the same model
@@ -49,7 +44,6 @@ def check_model(
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype}: give torch.{', torch.'.join(DTYPES)}, or leave it out")
     checked, notes, cases = list[str](), list[str](), dict[str, Case]()
-    results, left_out = list[Result](), list[LeftOut]()
     with _random_state_kept():
         for path, found in find(samples.build().module if is_sample else module).items():
             model, note = usable_copy(found, dtype, device, must_run=not is_sample)
@@ -57,16 +51,19 @@ def check_model(
             inputs = samples.texts(length).to(model.device, model.dtype) if is_sample else model.inputs(ROWS, length)
             cases[path or type(found.module).__name__] = Case(model, inputs)
             reads = "random token ids" if model.reads_tokens else "random hidden states"
-            checked.append(f"{summary(path, found)}; {length:,} {'bytes of text' if is_sample else reads}")
+            checked.append(f"{summary(path, model)}; {length:,} {'bytes of text' if is_sample else reads}")
             notes += [note] if note else []
+        verdicts: list[Result | LeftOut] = []
         for name, case in cases.items():
             prefix = f"{name}: " if len(cases) > 1 else ""
-            _measure_all(case, is_sample, prefix, results, left_out, progress)
+            verdicts += _verdicts(case, is_sample, prefix, progress)
             if not case.positions_matter():
                 notes.append(
                     f"{prefix}the output is the same without positions, so the check can say little about them. "
                     "Are these the weights after training?"
                 )
+    results = tuple(each for each in verdicts if isinstance(each, Result))
+    left_out = tuple(each for each in verdicts if isinstance(each, LeftOut))
     run = {
         "device": str(model.device),
         "dtype": name_of(model.dtype),
@@ -76,7 +73,7 @@ def check_model(
         "torch": torch.__version__,
         "seconds": round(time.monotonic() - started, 1),
     }
-    return Report(tuple(results), tuple(left_out), run, package(), tuple(checked), tuple(notes))
+    return Report(results, left_out, run, package(), tuple(checked), tuple(notes))
 
 
 @contextmanager
@@ -90,32 +87,22 @@ def _random_state_kept() -> Iterator[None]:
         random.setstate(state)
 
 
-def _measure_all(
-    case: Case,
-    is_sample: bool,
-    prefix: str,
-    results: list[Result],
-    left_out: list[LeftOut],
-    progress: Callable[[str], None],
-) -> None:
-    """Add the verdict on every property that the model can have, and the reason where it cannot."""
+def _verdicts(case: Case, is_sample: bool, prefix: str, progress: Callable[[str], None]) -> Iterator[Result | LeftOut]:
+    """The verdict on every property that the model can have, and the reason where it cannot."""
     planned = []
     for prop in (prop for prop in properties.ALL if is_sample or prop.variant is None):
-        reason = prop.lacked(case.model)
-        if prop.needs is not None and not accepts(prop.needs):
+        reason = getattr(case.model, prop.lacked) if prop.lacked else ""
+        if prop.needs and not accepts(prop.needs):
             reason = f"this release of x-transformers lacks the argument {prop.needs}"
         if reason:
-            left_out.append(LeftOut(prefix + prop.key, prop.compared, reason))
+            yield LeftOut(prefix + prop.key, prop.compared, reason)
         else:
             planned.append(prop)
     for number, prop in enumerate(planned, 1):
         progress(f"[{number}/{len(planned)}] {prefix}{prop.key}: {prop.compared}")
         result = _measured(prop, case, prefix)
         reason = "" if result.passed or is_sample else _lacked_by_plain_rotary(prop, case, result)
-        if reason:
-            left_out.append(LeftOut(result.key, prop.compared, reason))
-        else:
-            results.append(result)
+        yield LeftOut(result.key, prop.compared, reason) if reason else result
 
 
 def _measured(prop: Property, case: Case, prefix: str = "", tolerance: float | None = None) -> Result:
@@ -124,7 +111,8 @@ def _measured(prop: Property, case: Case, prefix: str = "", tolerance: float | N
     key = prefix + prop.key
     try:
         case = samples.variant(case, **prop.variant) if prop.variant else case
-        tolerance = prop.tolerance(case) if tolerance is None else tolerance
+        of = prop.tolerance
+        tolerance = tolerance if tolerance is not None else case.tolerance(of) if isinstance(of, str) else of(case)
         points += prop.measure(case)
     except Exception as raised:  # whatever a broken package raises is what there is to report
         error = said(raised)

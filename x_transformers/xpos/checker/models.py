@@ -64,35 +64,27 @@ class Model:
         self.is_language_model = isinstance(module, TransformerWrapper)
         self.reads_tokens = self.is_language_model or bool(self.named_tokens)
 
-    @property
-    def device(self) -> torch.device:
-        parameter: Tensor = next(iter(self.module.parameters()))
-        return parameter.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of queries and keys."""
-        return self.attentions[0].to_q.weight.dtype  # type: ignore[no-any-return]
+        self.device: torch.device = next(iter(module.parameters())).device
+        # of queries and keys
+        self.dtype: torch.dtype = self.attentions[0].to_q.weight.dtype
+        self.is_flash = all(part.attend.flash for part in module.modules() if isinstance(part, Attention))
+        # how many hidden states of the past a wrapper keeps, None where it is for the caller to keep them
+        self.max_mem_len: int | None = getattr(self.module, "max_mem_len", None)
+        # how many keys a query needs: `attn_sparse_topk` cannot choose among fewer
+        of_attend = (getattr(attention.attend.attn_fn, "keywords", {}) for attention in self.attentions)
+        self.min_keys = max(int(keywords.get("sparse_topk", 1)) for keywords in of_attend)
 
     @property
     def rotary_dim(self) -> int:
         return 2 * int(self.layers.rotary_pos_emb.inv_freq.shape[0])
 
     @property
-    def min_keys(self) -> int:
-        """How many keys a query needs: `attn_sparse_topk` cannot choose among fewer."""
-        functions = (attention.attend.attn_fn for attention in self.attentions)
-        return max(int(getattr(function, "keywords", {}).get("sparse_topk", 1)) for function in functions)
-
-    @property
-    def is_flash(self) -> bool:
-        return all(part.attend.flash for part in self.module.modules() if isinstance(part, Attention))
-
-    @property
     def is_plain(self) -> bool:
         return isinstance(self.layers.rotary_pos_emb, PlainRotary)
 
     # what it cannot do, as a reason, empty if it can
+
+    no_asserts = "" if __debug__ else "these refusals are assert statements, which python -O removes"
 
     @property
     def no_cache(self) -> str:
@@ -114,11 +106,6 @@ class Model:
         return ""
 
     # how much it can read
-
-    @property
-    def max_mem_len(self) -> int | None:
-        """How many hidden states of the past the wrapper keeps, None where it is for the caller to keep them."""
-        return int(self.module.max_mem_len) if self.is_wrapper else None
 
     def positions(self, length: int) -> int:
         """How many positions the layers see of a text of `length`: memory tokens have theirs."""
@@ -153,17 +140,13 @@ class Model:
 
     def length_to_read(self, asked: int | None, default: int) -> int:
         """How long a text to read, if all properties can be measured on it, else ValueError."""
-        largest, scale_base = self.longest(self.comfortable), f"{self.layers.rotary_pos_emb.scale_base:g}"
-        reason = (
-            f"more queries in one call could leave the range of {name_of(self.dtype)} at a scale base of {scale_base}"
-        )
+        largest, scale_base = self.longest(self.comfortable), self.layers.rotary_pos_emb.scale_base
+        reason = f"more could leave the range of {name_of(self.dtype)} at a scale base of {scale_base:g}"
         room = getattr(getattr(self.module, "pos_emb", None), "max_seq_len", None)
         if room is not None and room < largest:
             largest, reason = int(room), "its absolute position embedding has no more"
         if largest < MIN_LEN:
-            raise ValueError(
-                f"the model can read {largest} tokens in one call, and the check needs {MIN_LEN}: {reason}"
-            )
+            raise ValueError(f"the model can read {largest} tokens in one call, of {MIN_LEN} for the check: {reason}")
         length = min(default, largest) if asked is None else asked
         if not isinstance(length, int) or not MIN_LEN <= length <= largest:
             raise ValueError(f"max_len is {length}: give a whole number from {MIN_LEN} to {largest}, as {reason}")

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from x_transformers import Attention, Decoder
 
 from ..release import accepts
 from . import runs, samples
-from .models import Inputs, Model
+from .models import Inputs
 from .runs import ROWS, Case, deviation
 
 SHIFTS = (1, 4_097, 1_000_000)
@@ -143,26 +142,20 @@ def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[
 def scores(case: Case) -> Iterator[Point]:
     model = case.model
     for length in [length for length in case.lengths if length > 1][::-3]:
-        at = _some_rows(length, model)
-        with samples.observe(model, at) as layers:
-            _, cache = model(case.inputs.part(0, length))
-        for number, (layer, inter) in enumerate(zip(layers, cache.attn_intermediates), 1):
-            error = layer.score_error(inter.cached_kv[0][0], at, torch.arange(length))
+        at = torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(model.device)
+        call = partial(lambda inputs: model(inputs)[1], case.inputs.part(0, length))
+        for number, error in enumerate(samples.score_errors(model, at, call, at, torch.arange(length)), 1):
             yield Point(length, error, f"layer {number}")
 
 
-def _some_rows(length: int, model: Model) -> Tensor:
-    return torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(model.device)
-
-
-def scores_on_long_cache(case: Case) -> Iterator[Point]:
+def long_cache(case: Case) -> Iterator[Point]:
     model = case.model
     for length in CACHE_LENGTHS:
-        tokens = torch.zeros(1, length + 1, dtype=torch.long, device=model.device)
-        with samples.observe(model, _some_rows(1, model)) as layers:
-            _, cache = runs.continued(model, Inputs(tokens), length, length + 1, samples.random_cache(length, model))
-        keys = cache.attn_intermediates[0].cached_kv[0][0]
-        yield Point(length, layers[0].score_error(keys, torch.tensor([length]), torch.arange(length + 1)))
+        inputs = Inputs(torch.zeros(1, length + 1, dtype=torch.long, device=model.device))
+        cache, first = samples.random_cache(length, model), torch.zeros(1, dtype=torch.long, device=model.device)
+        call = partial(lambda *args: runs.continued(model, *args)[1], inputs, length, length + 1, cache)
+        (error,) = samples.score_errors(model, first, call, torch.tensor([length]), torch.arange(length + 1))
+        yield Point(length, error)
 
 
 def refusals(case: Case) -> Iterator[Point]:
@@ -182,69 +175,58 @@ def refusals(case: Case) -> Iterator[Point]:
 
 @dataclass(frozen=True)
 class Property:
-    """`compared` says what must be the same, for the report. `needs` is an argument of `AttentionLayers.forward` that
-    it is measured with. `lacked` gives the reason why a model cannot have it, empty if it can. `variant` has options of
-    the sample model that it is measured on, None for a property of any model.
+    """`compared` says what must be the same, for the report.
+
+    `tolerance` is a way to run a model, as `Case.tolerance` has it, or gives the tolerance of a case. `lacked` is the
+    attribute of `Model` that says why it cannot have the property, `needs` an argument of `AttentionLayers.forward`.
+    `variant` has options of the sample model that it is measured on, None for a property of any model.
     """
 
     key: str
     compared: str
     measure: Callable[[Any], Iterator[Point]]
-    tolerance: Callable[[Any], float]
-    needs: str | None = None
-    lacked: Callable[[Model], str] = lambda _model: ""
+    tolerance: str | Callable[[Case], float]
+    lacked: str = ""
+    needs: str = ""
     variant: dict[str, Any] | None = None
 
 
 def _of_shift(case: Case) -> float:
     # in float64 alone an angle has no more digits than the model, and loses them with the size of the position
-    return case.of_calls * (max(SHIFTS) / case.max_len if case.model.dtype is torch.float64 else 1)
+    return case.tolerance("calls") * (max(SHIFTS) / case.max_len if case.model.dtype is torch.float64 else 1)
 
 
 def _of_limit(case: Case) -> float:
-    return case.of_chunks if case.holds_in_chunks else case.of_calls
+    return case.tolerance("chunks" if case.holds_in_chunks else "calls")
 
 
 def _of_scores(case: Case, length: int | None = None) -> float:
     return runs.score_tolerance(case.model.dtype, length or case.max_len, samples.DIM_HEAD)
 
 
-def _no_asserts(_model: Model) -> str:
-    return "" if __debug__ else "these refusals are assert statements, which python -O removes"
-
-
-_of_calls, _of_decoding, _no_cache = attrgetter("of_calls"), attrgetter("of_decoding"), attrgetter("no_cache")
-_whole, _new = partial(decoding, only_new=False), partial(decoding, only_new=True)
-_only_new, _no_mems, _no_shift = "input_not_include_cache", attrgetter("no_mems"), attrgetter("no_shift")
-_of_long_cache = partial(_of_scores, length=max(CACHE_LENGTHS))
-# models without flash, as scaled_dot_product_attention does not give out the scores
-_ALL_SCORES: dict[str, Any] = {"flash": False}
-_SHALLOW: dict[str, Any] = {"flash": False, "depth": 1}
+_whole, _new, _only_new = partial(decoding, only_new=False), partial(decoding, only_new=True), "input_not_include_cache"
+_of_long = partial(_of_scores, length=max(CACHE_LENGTHS))
+# without flash, as scaled_dot_product_attention does not give out the scores
+_SCORES: dict[str, Any] = {"flash": False}
+_ONE_LAYER: dict[str, Any] = {"flash": False, "depth": 1}
 _BF16, _F16 = ({"flash": False, "dtype": dtype, "length": _CAST_LEN} for dtype in (torch.bfloat16, torch.float16))
 _MEMORY: dict[str, Any] = {"attn_num_mem_kv": 4}
+_NORMED: dict[str, Any] = {"attn_num_mem_kv": 4, "attn_qk_norm": True}
 
 ALL = (
-    Property("prefix", "the first tokens of a text alone, and with the rest", prefixes, _of_calls),
-    Property("rows", "a text alone, and in a batch", rows, attrgetter("of_rows")),
-    Property("cached-whole", "decoding, the whole text passed, and one call", _whole, _of_decoding, lacked=_no_cache),
-    Property("cached-new", "decoding, the new token passed, and one call", _new, _of_decoding, _only_new, _no_cache),
-    Property("chunked", "chunks through the KV cache, and one call", chunks, attrgetter("of_chunks"), lacked=_no_cache),
-    Property("mems", "segments with mems, and one call", segments, attrgetter("of_segments"), lacked=_no_mems),
-    Property("shift", "positions from 0 on, and from up to a million on", shifts, _of_shift, "pos", _no_shift),
+    Property("prefix", "the first tokens of a text alone, and with the rest", prefixes, "calls"),
+    Property("rows", "a text alone, and in a batch", rows, "rows"),
+    Property("cached-whole", "decoding, the whole text passed, and one call", _whole, "decoding", "no_cache"),
+    Property("cached-new", "decoding, the new token passed, and one call", _new, "decoding", "no_cache", _only_new),
+    Property("chunked", "chunks through the KV cache, and one call", chunks, "chunks", "no_cache"),
+    Property("mems", "segments with mems, and one call", segments, "segments", "no_mems"),
+    Property("shift", "positions from 0 on, and from up to a million on", shifts, _of_shift, "no_shift", "pos"),
     Property("range", "most queries that fit, and chunks; more are refused", limit, _of_limit),
-    Property("scores", "scores of a text, and the formula", scores, _of_scores, variant=_ALL_SCORES),
-    Property(
-        "scores-cache",
-        "scores on a long cache, and the formula",
-        scores_on_long_cache,
-        _of_long_cache,
-        variant=_SHALLOW,
-    ),
+    Property("scores", "scores of a text, and the formula", scores, _of_scores, variant=_SCORES),
+    Property("scores-cache", "scores on a long cache, and the formula", long_cache, _of_long, variant=_ONE_LAYER),
     Property("scores-bf16", "scores, cast to bfloat16, and the formula", scores, _of_scores, variant=_BF16),
     Property("scores-f16", "scores, cast to float16, and the formula", scores, _of_scores, variant=_F16),
-    Property("mem-kv", "prefixes with memory key / values", prefixes, _of_calls, variant=_MEMORY),
-    Property(
-        "mem-kv-norm", "the same with attn_qk_norm", prefixes, _of_calls, variant={**_MEMORY, "attn_qk_norm": True}
-    ),
-    Property("refusals", "options that cannot be right raise", refusals, lambda _: 0.0, lacked=_no_asserts, variant={}),
+    Property("mem-kv", "prefixes with memory key / values", prefixes, "calls", variant=_MEMORY),
+    Property("mem-kv-norm", "the same with attn_qk_norm", prefixes, "calls", variant=_NORMED),
+    Property("refusals", "options that cannot be right raise", refusals, lambda _: 0.0, "no_asserts", variant={}),
 )

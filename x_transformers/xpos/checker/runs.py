@@ -26,6 +26,8 @@ from ..prefill import prefill
 from ..release import CACHED_TOKENS_LEFT_OUT, accepts
 from .models import SEED, Inputs, Model
 
+Run = Callable[[Model, Inputs], Tensor]
+
 ROWS = 3
 STEPS = 16
 
@@ -143,6 +145,7 @@ class Case:
         self.inputs = texts.part(None, None, slice(0, 1))
         self.lengths = tuple(length for length in ladder(self.max_len) if length >= model.min_keys)
         self.steps = min(STEPS, self.max_len // 2)
+        self._tolerances: dict[str, float] = {}
 
     @cached_property
     def full(self) -> Tensor:
@@ -161,7 +164,7 @@ class Case:
             return False
         try:
             in_parts = in_chunks(self.plain.model, self.inputs, self.max_len // 3)
-            return deviation(in_parts, self.plain.full) <= self.of_chunks
+            return deviation(in_parts, self.plain.full) <= self.tolerance("chunks")
         except Exception:  # whatever upstream refuses it with
             return False
 
@@ -170,7 +173,7 @@ class Case:
         model = self.model.duplicate()
         model.layers.rotary_pos_emb = None
         try:
-            return deviation(self.full, in_one_call(model, self.inputs)) > self.of_calls
+            return deviation(self.full, in_one_call(model, self.inputs)) > self.tolerance("calls")
         except Exception:  # with some options there is no doing without
             return True
 
@@ -180,46 +183,36 @@ class Case:
         exact_angles = self.model.dtype is not torch.float64 or not self.model.is_flash
         return 2 * (1 + (1 if exact_angles else angle_error(self.max_len)))
 
-    @cached_property
-    def _pair(self) -> tuple[Model, Model, float]:
-        """The model with plain rotary, its float64 copy, and what its errors are to be multiplied by."""
+    def tolerance(self, way: str) -> float:
+        """How far runs of this way may be apart: "calls", "rows", "decoding", "chunks" or "segments"."""
+        if way not in self._tolerances:
+            length, start = self.max_len, self.max_len - self.steps
+            every: dict[str, list[Run]] = {
+                "calls": [in_one_call],
+                "rows": [in_one_call],
+                "decoding": [partial(token_by_token, start=start, only_new=CACHED_TOKENS_LEFT_OUT)],
+                "chunks": [partial(in_chunks, size=size) for size in part_sizes(length)],
+                "segments": [
+                    partial(in_segments, sizes=each) for each in segment_sizes(length, self.model.max_mem_len)
+                ],
+            }
+            forced = self._forced(self.texts if way == "rows" else self.inputs, every[way])
+            self._tolerances[way] = forced if way == "calls" else max(forced, self.tolerance("calls"))
+        return self._tolerances[way]
+
+    def _forced(self, inputs: Inputs, every: list[Run]) -> float:
+        """How far the model with plain rotary is from itself in float64, run in these ways, times the factor."""
         dtype = self.model.dtype
         measured = torch.float32 if dtype is torch.float64 else dtype
         model = self.model.with_plain_rotary(measured)
-        return model, model.as_float64(), unit_roundoff(dtype) / unit_roundoff(measured) if model.is_flash else 1.0
-
-    def _forced(self, *runs: Callable[[Model, Inputs], Tensor], inputs: Inputs | None = None) -> float:
-        """The tolerance of what is `run` in these ways: how far each is from itself in float64 with plain rotary."""
-        model, exact, ratio = self._pair
-        inputs = (inputs or self.inputs).to(model.device, model.dtype)
+        exact, ratio = model.as_float64(), unit_roundoff(dtype) / unit_roundoff(measured) if model.is_flash else 1.0
+        inputs = inputs.to(model.device, measured)
         exact_inputs = inputs.to(exact.device, torch.float64)
-        error = max(ratio * deviation(run(model, inputs), run(exact, exact_inputs)) for run in runs)
+        error = max(ratio * deviation(run(model, inputs), run(exact, exact_inputs)) for run in every)
         if not math.isfinite(error):
             # as a tolerance it would let everything pass
             raise ArithmeticError("the model with plain rotary in place of xPos is not finite")
         return self.factor * error
-
-    @cached_property
-    def of_calls(self) -> float:
-        return self._forced(in_one_call)
-
-    @cached_property
-    def of_rows(self) -> float:
-        return max(self.of_calls, self._forced(in_one_call, inputs=self.texts))
-
-    @cached_property
-    def of_decoding(self) -> float:
-        run = partial(token_by_token, start=self.max_len - self.steps, only_new=CACHED_TOKENS_LEFT_OUT)
-        return max(self.of_calls, self._forced(run))
-
-    @cached_property
-    def of_chunks(self) -> float:
-        return max(self.of_calls, self._forced(*(partial(in_chunks, size=size) for size in part_sizes(self.max_len))))
-
-    @cached_property
-    def of_segments(self) -> float:
-        every = segment_sizes(self.max_len, self.model.max_mem_len)
-        return max(self.of_calls, self._forced(*(partial(in_segments, sizes=sizes) for sizes in every)))
 
 
 # roundings

@@ -7,9 +7,7 @@ is made random, and queries and keys are large enough that attention is far from
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,48 +90,39 @@ def random_cache(length: int, model: Model) -> LayerIntermediates:
     return cache
 
 
-@dataclass
-class Observed:
-    """What one layer computed: queries before the rotation (heads, i, dim_head), and scores (heads, i, j)."""
+def score_errors(
+    model: Model, rows: Tensor, call: Callable[[], LayerIntermediates], query_pos: Tensor, key_pos: Tensor
+) -> list[float]:
+    """How far the scores of a call are from the formula, in each layer of a model that was built with `flash=False`.
 
-    queries: Tensor
-    scores: Tensor
-
-    def score_error(self, keys: Tensor, query_pos: Tensor, key_pos: Tensor) -> float:
-        """How far the scores are from the formula, relative to the largest sum of terms' sizes of each query.
-
-        `keys` (heads, j, dim_head) are those before the rotation.
-        """
-        query_pos, key_pos = query_pos.cpu(), key_pos.cpu()
-        q, k = (rotated_pairs_first(t, ROTARY_DIM) for t in (self.queries, keys))
-        exact, size = formula.scores(q, k, query_pos, key_pos, rotary_dim=ROTARY_DIM)
-        error = (self.scores.detach().cpu().double() - exact).abs() / size.amax(dim=-1, keepdim=True)
-        error = error[:, query_pos[:, None] >= key_pos]
-        return float(error.max()) if bool(error.isfinite().all()) else float("inf")
-
-
-@contextmanager
-def observe(model: Model, rows: Tensor) -> Iterator[list[Observed]]:
-    """While open, each layer of a model built with `flash=False` notes the given rows of its queries and scores.
-
-    The list is filled by the next call, with a batch of one. The scores are those that the softmax gets, before the
-    causal mask. All other rows are let go of at once: `n * n` scores per layer would be what the memory is spent on.
+    Compared are the queries at `rows`, with positions `query_pos`, of a batch of one. The scores are those that the
+    softmax gets, before the causal mask. An error is relative to the largest sum of the terms' sizes of its query. All
+    other rows are let go of at once: `n * n` scores per layer would be what the memory is spent on.
     """
-    seen: list[Observed] = []
     queries: list[Tensor] = []
+    scores: list[Tensor] = []
 
     def note_queries(_module: nn.Module, _args: object, q: Tensor) -> None:
         queries.append(q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1))
 
     def note_scores(_module: nn.Module, _args: object, output: Any) -> None:
         found = output[1]
-        seen.append(Observed(queries.pop(), found.qk_similarities[0, :, rows]))
+        scores.append(found.qk_similarities[0, :, rows])
         found.qk_similarities = found.pre_softmax_attn = found.post_softmax_attn = None
 
     handles = [attention.to_q.register_forward_hook(note_queries) for attention in model.attentions]
     handles += [attention.attend.register_forward_hook(note_scores) for attention in model.attentions]
     try:
-        yield seen
+        cache = call()
     finally:
         for handle in handles:
             handle.remove()
+    errors, query_pos = [], query_pos.cpu()
+    for of_layer, found, layer in zip(queries, scores, cache.attn_intermediates):
+        # keys before the rotation
+        q, k = (rotated_pairs_first(t, ROTARY_DIM) for t in (of_layer, layer.cached_kv[0][0]))
+        exact, size = formula.scores(q, k, query_pos, key_pos, rotary_dim=ROTARY_DIM)
+        error = (found.detach().cpu().double() - exact).abs() / size.amax(dim=-1, keepdim=True)
+        error = error[:, query_pos[:, None] >= key_pos]
+        errors.append(float(error.max()) if bool(error.isfinite().all()) else float("inf"))
+    return errors
