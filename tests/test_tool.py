@@ -194,7 +194,7 @@ def test_table_fits_and_names_what_is_upstreams(here: Path, tool: Tool) -> None:
     assert status == 0, out
     assert max(len(line) for line in out.splitlines() if str(PACKAGE) not in line) <= 100
     assert "checked   TransformerWrapper of a Decoder" in out
-    assert "left out  shift: with these options upstream lacks it with plain rotary too" in out
+    assert "left out  shift: the same model with plain rotary does not have it either" in out
     assert "all 6 properties hold" in out
 
 

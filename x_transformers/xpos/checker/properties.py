@@ -214,19 +214,21 @@ _MEMORY: dict[str, Any] = {"attn_num_mem_kv": 4}
 _NORMED: dict[str, Any] = {"attn_num_mem_kv": 4, "attn_qk_norm": True}
 
 ALL = (
-    Property("prefix", "the first tokens of a text alone, and with the rest", prefixes, "calls"),
-    Property("rows", "a text alone, and in a batch", rows, "rows"),
-    Property("cached-whole", "decoding, the whole text passed, and one call", _whole, "decoding", "no_cache"),
-    Property("cached-new", "decoding, the new token passed, and one call", _new, "decoding", "no_cache", _only_new),
-    Property("chunked", "chunks through the KV cache, and one call", chunks, "chunks", "no_cache"),
-    Property("mems", "segments with mems, and one call", segments, "segments", "no_mems"),
-    Property("shift", "positions from 0 on, and from up to a million on", shifts, _of_shift, "no_shift", "pos"),
-    Property("range", "most queries that fit, and chunks; more are refused", limit, _of_limit),
+    Property("prefix", "the first tokens, with and without the rest of the text", prefixes, "calls"),
+    Property("rows", "a text, alone and in a batch", rows, "rows"),
+    Property("cached-whole", "one call, and decoding with the whole text passed", _whole, "decoding", "no_cache"),
+    Property("cached-new", "one call, and decoding with the new token passed", _new, "decoding", "no_cache", _only_new),
+    Property("chunked", "one call, and chunks through the KV cache", chunks, "chunks", "no_cache"),
+    Property("mems", "one call, and segments with mems", segments, "segments", "no_mems"),
+    Property("shift", "positions from 0 on, and shifted by up to a million", shifts, _of_shift, "no_shift", "pos"),
+    Property("range", "one call up to its limit, and chunks; past it an error", limit, _of_limit),
     Property("scores", "scores of a text, and the formula", scores, _of_scores, variant=_SCORES),
-    Property("scores-cache", "scores on a long cache, and the formula", long_cache, _of_long, variant=_ONE_LAYER),
-    Property("scores-bf16", "scores, cast to bfloat16, and the formula", scores, _of_scores, variant=_BF16),
-    Property("scores-f16", "scores, cast to float16, and the formula", scores, _of_scores, variant=_F16),
-    Property("mem-kv", "prefixes with memory key / values", prefixes, "calls", variant=_MEMORY),
-    Property("mem-kv-norm", "the same with attn_qk_norm", prefixes, "calls", variant=_NORMED),
-    Property("refusals", "options that cannot be right raise", refusals, lambda _: 0.0, "no_asserts", variant={}),
+    Property("scores-cache", "scores on a long KV cache, and the formula", long_cache, _of_long, variant=_ONE_LAYER),
+    Property("scores-bf16", "scores in bfloat16, and the formula", scores, _of_scores, variant=_BF16),
+    Property("scores-f16", "scores in float16, and the formula", scores, _of_scores, variant=_F16),
+    Property("mem-kv", "the first tokens, with memory key / values", prefixes, "calls", variant=_MEMORY),
+    Property("mem-kv-norm", "the first tokens, with these and attn_qk_norm", prefixes, "calls", variant=_NORMED),
+    Property(
+        "refusals", "options that cannot be right raise an error", refusals, lambda _: 0.0, "no_asserts", variant={}
+    ),
 )

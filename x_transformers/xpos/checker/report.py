@@ -89,7 +89,7 @@ class Report:
         ran = f"{run['dtype']} on {run['device']}, torch {run['torch']}"
         lines = [*_package_lines(self.package), *_wrapped("run       ", ran)]
         lines += [*_wrapped("checked   ", *self.checked), *_wrapped("note      ", *self.notes)]
-        lines += ["", "verdict  deviation  tolerance  what was compared"]
+        lines += ["", "verdict  deviation  tolerance  what must be the same"]
         for result in self.results:
             row = f"{'pass' if result.passed else 'FAIL':<7}  {_number(result.deviation):>9}  "
             lines.append(f"{row}{_number(result.tolerance):>9}  {result.key}: {result.compared}")
@@ -100,8 +100,10 @@ class Report:
         lines += _wrapped("left out  ", *(f"{', '.join(keys)}: {reason}" for reason, keys in reasons.items()))
         tolerance = (
             f"Tolerance: {run['factor']:,.0f} times the error that {run['dtype']} forces on the same model with plain "
-            "rotary, run the same way. Of scores: what the rounding of the dtype forces on them."
+            "rotary, run the same way. "
         )
+        if any(result.key.startswith("scores") for result in self.results):
+            tolerance += "Of scores: what the rounding of their dtype forces on them."
         return "\n".join([*lines, "", *_wrapped("", tolerance), "", self.conclusion])
 
     def to_json(self) -> str:
