@@ -92,7 +92,7 @@ def limits(scale_base: float = 512, length: int | None = None, *, dim: int = 32)
     rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base)
     if not hasattr(rotary, "max_xpos_queries"):
         raise ValueError(
-            "this x_transformers is upstream's release, which has no limit and gives NaN: install the fork"
+            "RotaryEmbedding has no max_xpos_queries here, so past its limits xPos gives NaN: install the fork"
         )
     queries = {name: int(rotary.max_xpos_queries(dtype)) for name, dtype in DTYPES.items()}
     decays = {ratio * scale_base: rotary.scale.double() ** ratio for ratio in (0.25, 0.5, 1, 2, 4, 8)}

@@ -37,7 +37,8 @@ def prefill(
 
     Returns:
         The logits (b, n, num_tokens), or with `return_embeddings = True` the embeddings (b, n, dim), which take less
-        memory; and the cache, which goes on as that of a call does.
+        memory; and the cache of all tokens. `generate` of `AutoregressiveWrapper` goes on from a `cache` of all tokens
+        but the last.
 
     Raises:
         ValueError: an argument is not as above, or chunks through a KV cache cannot give what one call gives, as with
@@ -46,15 +47,15 @@ def prefill(
 
     Example:
         >>> import torch
-        >>> from x_transformers import Decoder, TransformerWrapper
+        >>> from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
         >>> layers = Decoder(dim=32, depth=1, heads=2, rotary_xpos=True)
-        >>> model = TransformerWrapper(num_tokens=50, max_seq_len=0, attn_layers=layers).eval()
-        >>> logits, cache = prefill(model, torch.arange(40)[None], 16)
+        >>> model = TransformerWrapper(num_tokens=50, max_seq_len=512, use_abs_pos_emb=False, attn_layers=layers).eval()
+        >>> tokens = torch.arange(40)[None]
+        >>> logits, cache = prefill(model, tokens[:, :-1], 16)
         >>> logits.shape
-        torch.Size([1, 40, 50])
-        >>> next_token = logits[:, -1:].argmax(dim=-1)
-        >>> options = dict(input_not_include_cache=True, return_intermediates=True)
-        >>> logits, cache = model(next_token, cache=cache, **options)
+        torch.Size([1, 39, 50])
+        >>> AutoregressiveWrapper(model).generate(tokens, 5, cache=cache).shape
+        torch.Size([1, 5])
     """
     net = model
     while not isinstance(net, TransformerWrapper) and isinstance(getattr(net, "net", None), nn.Module):

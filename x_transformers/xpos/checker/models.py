@@ -17,7 +17,7 @@ from x_transformers import Attention, TransformerWrapper
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding
 
 from ..prefill import why_no_cache
-from ..release import WRAPPERS, is_patched, plain_angles
+from ..release import WRAPPERS, plain_angles
 from . import formula
 
 SEED = 0
@@ -125,8 +125,8 @@ class Model:
     @property
     def limit(self) -> int:
         """The most positions of one call that the package accepts; the unpatched release knows no limit."""
-        rotary = self.layers.rotary_pos_emb
-        return int(rotary.max_xpos_queries(self.dtype)) if is_patched() else 2**31
+        limit = getattr(self.layers.rotary_pos_emb, "max_xpos_queries", None)
+        return 2**31 if limit is None else int(limit(self.dtype))
 
     @property
     def comfortable(self) -> int:
