@@ -35,11 +35,13 @@ from packaging.utils import canonicalize_name
 CHECKOUT = Path(os.path.abspath(__file__)).parent
 
 if TYPE_CHECKING:
-    from x_transformers.xpos import provenance as provenance
+    from x_transformers.xpos import build_record
+
+    provenance = build_record
 else:
     # By its path: importing the package would import torch, and is what this file is about to build.
     _spec = importlib.util.spec_from_file_location(
-        "_x_transformers_provenance", CHECKOUT / "x_transformers" / "xpos" / "provenance.py"
+        "_x_transformers_provenance", CHECKOUT / "x_transformers" / "xpos" / "build_record.py"
     )
     provenance = importlib.util.module_from_spec(_spec)
     sys.modules[_spec.name] = provenance  # dataclasses look their module up

@@ -16,7 +16,7 @@ from test_regressions import run
 TESTS = "tests/line_1_27"
 NAME_ERROR = "NameError: name 'seq_len' is not defined"
 HALF = ("bfloat16", "float16")
-LEFT_OUT = {"cached-new", "shift", "scores-shards", "added-kv", "context-pos"}
+LEFT_OUT = {"cached-new", "shift"}
 
 
 def test_its_tests_pass(tmp_path: Path) -> None:
@@ -41,15 +41,14 @@ def test_check_passes_and_names_what_the_release_has_no_argument_for(dtype: str,
     found = json.loads(result.stdout)
     assert found["passed"]
     assert (found["package"]["version"], found["package"]["line"]) == ("1.27.5+xpos.1", BACKPORT.name)
-    assert {"mems", "greedy", "scores-cache", "mem-kv", "range", "refusals"} < {row["key"] for row in found["results"]}
+    assert {"mems", "scores-cache", "mem-kv", "range", "refusals"} < {row["key"] for row in found["results"]}
     assert {row["key"] for row in found["left_out"]} == LEFT_OUT
 
 
 def test_check_of_the_pristine_release(tmp_path: Path) -> None:
     result = process(tmp_path, "--max-len", "128", path=pristine_tree(BACKPORT))
     assert result.returncode == 1, result.stderr
-    assert "UNPATCHED there is no record of patches" in result.stdout
     assert "UNPATCHED RotaryEmbedding.forward takes no seq_len" in result.stdout
-    assert "15 of 15 properties FAIL, and the package is UNPATCHED" in result.stdout
-    assert "left out  cached decode, new token: this release of x-transformers lacks the argument" in result.stdout
+    assert "13 of 13 properties FAIL; the package is UNPATCHED" in result.stdout
+    assert "left out  cached-new: this release of x-transformers lacks the argument" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines() if str(ROOT) not in line) <= 100

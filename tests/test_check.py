@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +16,34 @@ from typing import Any
 
 import pytest
 import torch
-from packaging_support import hatch_build, pristine_tree
+from packaging_support import ROOT, hatch_build, pristine_tree
 
 import x_transformers
 from x_transformers import x_transformers as upstream
-from x_transformers.xpos import Ours, Result, formula, judge, ours, properties, report
 from x_transformers.xpos import __main__ as command
-from x_transformers.xpos.net import Net
-from x_transformers.xpos.properties import Point, Property
-from x_transformers.xpos.subject import Subject, deviation
+from x_transformers.xpos import build_record
+from x_transformers.xpos import checker as checker
+from x_transformers.xpos.checker import OWN_MODELS, check_model, formula, properties, runs, samples
+from x_transformers.xpos.checker.models import find
+from x_transformers.xpos.checker.properties import Point, Property
+from x_transformers.xpos.checker.report import Report, Result, package
+from x_transformers.xpos.checker.runs import Case, deviation
 
-LINE = Path(__file__).parent.parent / "patches" / "2.x"
+LINE = ROOT / "patches" / "2.x"
 PACKAGE = Path(x_transformers.__file__).parent
 SHORT = ("--max-len", "32")
 PROPERTIES = properties.ALL
 KEYS = {prop.key for prop in PROPERTIES}
 
 
-def process(cwd: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+def process(
+    cwd: Path, *arguments: str, path: Path = PACKAGE.parent, python: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, which imports from `path` first."""
     # models this small gain nothing from threads, and lose much where other tests run beside them
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    first = [str(PACKAGE.parent if path is None else path)]
-    environment["PYTHONPATH"] = os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
-    words = [sys.executable, "-m", "x_transformers.xpos", *arguments]
+    environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    words = [sys.executable, *python, *([] if "-c" in python else ["-m", "x_transformers.xpos"]), *arguments]
     return subprocess.run(words, cwd=cwd, env=environment, text=True, capture_output=True, check=False)
 
 
@@ -80,19 +83,26 @@ def failed(document: dict[str, Any]) -> set[str]:
     return {result["key"] for result in document["results"] if not result["passed"]}
 
 
+def own_case(**options: Any) -> Case:
+    (model,) = find(samples.build(**options).module).values()
+    return Case(model, samples.texts(64))
+
+
 # on the package itself
 
 
-def test_every_property_holds(tmp_path: Path, tool: Tool) -> None:
-    status, out, err = tool.run(*SHORT, "--plot", str(tmp_path / "plot.png"))
+def test_every_property_holds(tool: Tool) -> None:
+    status, out, err = tool.run(*SHORT)
     assert status == 0, out
-    assert out.count("  pass  ") == len(KEYS)
+    assert out.count("\npass  ") == len(KEYS)
     assert f"all {len(KEYS)} properties hold" in out
+    assert "the files are as they were built" in out
     assert str(PACKAGE) in out
     assert all(name in out for name in hatch_build.read_series(LINE))
     assert max(len(line) for line in out.splitlines() if str(PACKAGE) not in line) <= 100
-    assert err.splitlines() == [f"[{number}/{len(KEYS)}] {prop.name}" for number, prop in enumerate(PROPERTIES, 1)]
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n")
+    compared = [f"{prop.key}: {prop.compared}" for prop in PROPERTIES]
+    assert err.splitlines() == [f"[{number}/{len(KEYS)}] {line}" for number, line in enumerate(compared, 1)]
+    assert [line for line in compared if f"  {line}\n" not in out] == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", pytest.param("float64", marks=pytest.mark.slow)])
@@ -112,65 +122,64 @@ def test_every_property_holds_in_every_dtype(dtype: str, tool: Tool) -> None:
     [
         ("--dtype int8", ["--dtype", "int8", "float32", "bfloat16"]),
         ("--max-len many", ["--max-len", "many"]),
-        ("--max-len 31", ["--max-len", "31", "32 or more"]),
-        ("--max-len 100000 --dtype float16", ["--max-len", "100000", "float16", "5665 or fewer"]),
-        ("--max-len 32862", ["--max-len", "32862", "float32", "32861 or fewer"]),
-        ("--text missing.txt", ["--text", "missing.txt", "readable file"]),
-        ("--text .", ["--text", "readable file"]),
-        ("--text short.txt", ["--max-len", "1024", "7 bytes of short.txt", "--text FILE"]),
-        ("--device no-such", ["--device", "no-such", "as cpu"]),
-        ("--device cuda:99", ["--device", "cuda:99", "as cpu"]),
-        ("--device meta", ["--device", "meta", "as cpu"]),
-        ("--plot no-such-folder/plot.png", ["--plot", "no-such-folder/plot.png"]),
-        ("--plot plot.txt", ["--plot", "plot.txt", "png"]),
+        ("--max-len 31", ["max_len is 31", "from 32 to 29008"]),
+        ("--max-len 100000 --dtype float16", ["max_len is 100000", "from 32 to 4532", "range of float16"]),
+        ("--device no-such", ["device = 'no-such'"]),
+        ("--device cuda:99", ["device = 'cuda:99'"]),
+        ("--device meta", ["device = 'meta'"]),
         ("--max 128", ["--max"]),
         ("no-such-command", ["no-such-command", "check"]),
-        ("limits --dim 3", ["--dim", "3", "even number from 4"]),
-        ("limits --dim 2", ["--dim", "2", "even number from 4"]),
-        ("limits --scale-base 0", ["--scale-base", "above 0"]),
-        ("limits --scale-base nan", ["--scale-base", "above 0"]),
-        ("limits --length 0", ["--length", "1 or more"]),
+        ("limits --dim 2", ["dim is 2", "from 3 on"]),
+        ("limits --scale-base 0", ["scale_base is 0", "above 0"]),
+        ("limits --scale-base nan", ["scale_base is nan", "above 0"]),
+        ("limits --length 0", ["length is 0", "at least 1"]),
     ],
 )
-def test_refusals_name_the_argument_and_a_way_out(
-    arguments: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Tool
-) -> None:
-    (tmp_path / "short.txt").write_bytes(b"7 bytes")
-    monkeypatch.chdir(tmp_path)
+def test_refusals_name_the_argument_and_a_way_out(arguments: str, expected: list[str], tool: Tool) -> None:
     message = tool.refusal(*arguments.split())
-    assert [words for words in expected if words not in message] == []
-    assert [file.name for file in tmp_path.iterdir()] == ["short.txt"]
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "expected"),
-    [
-        ("pydoc_data.topics", "", "--text FILE"),
-        ("matplotlib.figure", "--plot plot.png", 'pip install "x-transformers[plot]"'),
-        ("safetensors", "migrate a.safetensors --model a:b --length 9 --output b.safetensors", "install safetensors"),
-    ],
-)
-def test_modules_that_are_not_there(
-    module: str, arguments: str, expected: str, monkeypatch: pytest.MonkeyPatch, tool: Tool
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    assert expected in tool.refusal(*arguments.split())
+    assert [words for words in expected if words not in message] == [], message
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, tool: Tool) -> None:
-    def interrupt(*_arguments: object) -> None:
+    def interrupt(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge, "check", interrupt)
+    monkeypatch.setattr(checker, "check_model", interrupt)
     assert tool.run(*SHORT) == (130, "", "\ninterrupted\n")
 
 
-def test_a_reader_that_has_had_enough() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream:
-        command._write(stream, "a table\n")
-        command._write(stream, "and more\n")
+def test_in_a_checkout_that_is_not_installed_the_reason_is_one_line() -> None:
+    # without site-packages, so that nothing is installed; the checkout has no x_transformers/__init__.py
+    words = [sys.executable, "-S", "-m", "x_transformers.xpos", "limits"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run(words, cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (1, "", 1), found.stderr
+    assert "x_transformers is not installed in this environment" in found.stderr
+    assert "Run `pip install .`" in found.stderr
+
+
+@pytest.mark.parametrize("arguments", ["limits", "--help"])
+def test_a_standard_output_that_is_closed_is_no_traceback(arguments: str) -> None:
+    run = f"'{sys.executable}' -m x_transformers.xpos {arguments}"
+    # buffered, so that what is left is written at exit
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    # in the first the reader is gone before anything is written
+    for line in (f"({run}; echo $? >&2) | true", f"{run} >&-; echo $? >&2"):
+        found = subprocess.run(["bash", "-c", line], env=environment, text=True, capture_output=True)
+        assert found.stderr.endswith("0\n"), found.stderr
+        assert "Traceback" not in found.stderr
+        assert "Exception" not in found.stderr
+
+
+def test_without_asserts_what_is_one_is_left_out() -> None:
+    chosen = (
+        "from x_transformers.xpos.checker import *\n"
+        "properties.ALL = [prop for prop in properties.ALL if prop.key in ('prefix', 'refusals')]\n"
+        "print(check_model(OWN_MODELS, max_len=32))"
+    )
+    found = process(ROOT, python=("-O", "-c", chosen))
+    assert "all 1 properties hold" in found.stdout, found.stderr
+    assert "left out  refusals: these refusals are assert statements, which python -O removes" in found.stdout
 
 
 # the parts
@@ -189,64 +198,81 @@ def test_formula_is_the_tests_own() -> None:
 
 
 @torch.no_grad()
-def test_our_models_hide_nothing_and_touch_nothing() -> None:
+def test_own_models_hide_nothing_and_touch_nothing() -> None:
     """No parameter is left at zero or one, attention is far from uniform, and a seed gives the same weights."""
     state = torch.random.get_rng_state()
-    net, again = ours.build(flash=False), ours.build(flash=True)
+    model, again = samples.build(flash=False), samples.build(flash=True)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert all(torch.equal(a, b) for a, b in zip(net.module.parameters(), again.module.parameters()))
-    assert [name for name, parameter in net.module.named_parameters() if parameter.std() == 0] == []
-    _, attention = net.module(torch.arange(64)[None], return_attn=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.module.parameters(), again.module.parameters()))
+    assert [name for name, parameter in model.module.named_parameters() if parameter.std() == 0] == []
+    _, attention = model.module(torch.arange(64)[None], return_attn=True)
     assert all(layer[0, :, -1].max() > 8 / 64 for layer in attention)
 
 
+def test_chunks_are_measured_by_the_public_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def prefill(module: Any, tokens: Any, chunk_size: int) -> Any:
+        sizes.append(chunk_size)
+        return module(tokens), None
+
+    monkeypatch.setattr(runs, "prefill", prefill)
+    assert all(point.deviation == 0 for point in properties.chunks(own_case()))
+    assert sizes == [64 // 4, 64 // 7]
+
+
 def test_a_property_that_raises_fails_and_the_rest_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raises(_subject: Ours) -> Iterator[Point]:
+    def raises(_case: Case) -> Iterator[Point]:
         yield Point(1, 0.0)
         raise RuntimeError("on\ntwo lines")
 
-    def holds(_subject: Ours) -> Iterator[Point]:
+    def holds(_case: Case) -> Iterator[Point]:
         yield Point(1, 0.0)
 
-    chosen = [Property(measure.__name__, "", measure, lambda _: 0.0) for measure in (raises, holds)]
-    monkeypatch.setattr(judge, "ALL", chosen)
-    first, second = judge.check(Ours(torch.arange(64)))[0]
+    chosen = [Property(measure.__name__, "this", measure, lambda _: 0.0) for measure in (raises, holds)]
+    monkeypatch.setattr(properties, "ALL", chosen)
+    found = check_model(OWN_MODELS, max_len=32)
+    first, second = found.results
     assert (first.passed, first.deviation, first.detail) == (False, None, "RuntimeError: on two lines")
     assert (second.passed, second.deviation) == (True, 0.0)
+    assert (found.passed, found.failures) == (False, (first,))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_never_passes(value: float) -> None:
     bad = torch.tensor([value])
     assert deviation(bad, bad) == math.inf
-    assert not Result("key", "name", math.inf, 1.0, "").passed
-    net = Net(ours.build().module)
-    net.layers.final_norm.register_forward_hook(lambda _module, _args, out: out * value)
+    assert not Result("key", "this", math.inf, 1.0, "").passed
+    case = own_case()
+    case.model.layers.final_norm.register_forward_hook(lambda _module, _args, out: out * value)
     with pytest.raises(ArithmeticError, match="not finite"):
-        _ = Subject(net, net.inputs(3, 64)).of_calls
+        _ = case.tolerance("calls")
 
 
-def test_table_json_and_plot_show_the_same(tmp_path: Path) -> None:
+def a_report(*results: Result) -> Report:
+    run = {"device": "cpu", "dtype": "float32", "torch": "2", "factor": 4.0, "seconds": 1.0}
+    return Report(results, (), run, package())
+
+
+def test_table_and_json_show_the_same() -> None:
     point = Point(7, 1.5e-3, "somewhere")
     rows = [
-        ("a good one", 1.5e-3, 2.5e-3, "1.5e-03 2.5e-03 pass", True),
-        ("a bad one", 5e-3, 2.5e-3, "5.0e-03 2.5e-03 FAIL", False),
-        ("not a number", math.inf, 2.5e-3, "inf/nan 2.5e-03 FAIL", False),
-        ("an error", None, None, "error error FAIL", False),
+        ("a good one", 1.5e-3, 2.5e-3, "pass 1.5e-03 2.5e-03", True),
+        ("a bad one", 5e-3, 2.5e-3, "FAIL 5.0e-03 2.5e-03", False),
+        ("not a number", math.inf, 2.5e-3, "FAIL inf 2.5e-03", False),
+        ("an error", None, None, "FAIL error error", False),
     ]
-    results = tuple(Result(name, name, apart, tolerance, "7 to 7", (point,)) for name, apart, tolerance, _, _ in rows)
-    run = dict.fromkeys(("device", "dtype", "max_len", "text", "model", "torch", "seconds"), 1)
-    outcome = report.outcome(results, (), run, logit_factor=4.0, tested=[], notes=[])
-    lines, fields = report.table(outcome).splitlines(), json.loads(report.document(outcome))
-    report.plot(outcome, str(tmp_path / "plot.svg"))
-    plot = xml.etree.ElementTree.parse(tmp_path / "plot.svg").getroot()
-    assert plot.tag.endswith("svg")
+    results = [Result(name, "this", apart, tolerance, "7 to 7", (point,)) for name, apart, tolerance, _, _ in rows]
+    found = a_report(*results)
+    lines, fields = str(found).splitlines(), json.loads(found.to_json())
     assert not fields["passed"]
-    for (name, apart, tolerance, words, passed), found in zip(rows, fields["results"]):
-        (line,) = (line for line in lines if line.startswith(name))
-        assert line.split(name)[1].split()[:3] == words.split()
+    assert [each.key for each in found.failures] == [name for name, *_, passed in rows if not passed]
+    for (name, apart, tolerance, words, passed), result in zip(rows, fields["results"]):
+        (number,) = (number for number, line in enumerate(lines) if line.endswith(f"{name}: this"))
+        assert lines[number].split()[:3] == words.split()
+        assert ("7 to 7" in lines[number + 1]) is not passed
         shown = None if apart == math.inf else apart
-        assert (found["deviation"], found["tolerance"], found["passed"]) == (shown, tolerance, passed)
+        assert (result["deviation"], result["tolerance"], result["passed"]) == (shown, tolerance, passed)
 
 
 # where it is broken
@@ -262,16 +288,14 @@ def keys_before_the_queries_one_off(self: Any, t: Any, offset: int = 0, seq_len:
     return _forward(self, t - (t < offset).long(), offset, seq_len)
 
 
+def no_decay_before_the_center(self: Any, t: Any, offset: int = 0, seq_len: int | None = None) -> Any:
+    freqs, scale = _forward(self, t, offset, seq_len)
+    return freqs, scale.clamp(max=1)
+
+
 def raises_with_mems(self: Any, *args: Any, mems: Any = None, **kwargs: Any) -> Any:
     assert mems is None, "no mems today"
     return _layers(self, *args, **kwargs)
-
-
-def keys_without_decay(self: Any, *args: Any, right: Any = upstream.XPosTable.with_factors) -> Any:
-    table = right(self, *args)
-    q_factor, k_factor = table.factors
-    table.factors = (q_factor, k_factor / k_factor.abs())
-    return table
 
 
 DECODING = {"cached-whole", "cached-new", "chunked", "mems", "scores-cache"}
@@ -282,7 +306,7 @@ DECODING = {"cached-whole", "cached-new", "chunked", "mems", "scores-cache"}
     [
         ("RotaryEmbedding.forward", center_of_all_positions, {"scores-cache"}, {"prefix", "scores"}),
         ("RotaryEmbedding.forward", keys_before_the_queries_one_off, DECODING, {"prefix", "scores"}),
-        ("XPosTable.with_factors", keys_without_decay, {"prefix", "scores", *DECODING}, {"shift"}),
+        ("RotaryEmbedding.forward", no_decay_before_the_center, {"prefix", "scores", *DECODING}, {"shift"}),
         ("AttentionLayers.forward", raises_with_mems, {"mems"}, KEYS - {"mems"}),
     ],
 )
@@ -291,7 +315,7 @@ def test_a_broken_package_fails_where_it_is_broken(
 ) -> None:
     name, method = place.split(".")
     monkeypatch.setattr(getattr(upstream, name), method, broken)
-    monkeypatch.setattr(judge, "ALL", [prop for prop in PROPERTIES if prop.key in must_fail | must_pass])
+    monkeypatch.setattr(properties, "ALL", [prop for prop in PROPERTIES if prop.key in must_fail | must_pass])
     status, fields = tool.check(*SHORT)
     assert status == 1
     assert must_fail <= failed(fields)
@@ -301,12 +325,23 @@ def test_a_broken_package_fails_where_it_is_broken(
 def test_the_unpatched_release_is_told_from_the_fork(tmp_path: Path) -> None:
     result = process(tmp_path, *SHORT, path=pristine_tree())
     assert result.returncode == 1, result.stderr
-    assert result.stdout.count("UNPATCHED ") == 2
-    assert "RotaryEmbedding.forward takes no seq_len" in result.stdout
-    rows = {line[: line.index("  ")]: " FAIL " in line for line in result.stdout.splitlines() if "  " in line}
-    assert rows["shift of positions"]
-    assert rows["scores, long cache"]
-    assert not rows["prefix consistency"]
+    assert "UNPATCHED RotaryEmbedding.forward takes no seq_len" in result.stdout
+    assert "the package is UNPATCHED: it is upstream's, not the fork" in result.stdout
+    verdicts = {line.split()[3]: line.split()[0] for line in result.stdout.splitlines() if line[:4] in ("pass", "FAIL")}
+    assert {verdicts[key] for key in ("shift:", "scores-cache:", "range:")} == {"FAIL"}
+    assert verdicts["prefix:"] == "pass"
+
+    limits = process(tmp_path, "limits", path=pristine_tree())
+    assert limits.returncode == 2
+    assert "install the fork" in limits.stderr
+
+
+def test_a_patched_package_without_a_record_is_an_unknown_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_record, "read_record", lambda _package: None)
+    found = a_report(Result("key", "this", 0.0, 1.0, ""))
+    assert found.passed
+    assert "build     unknown build: the package has no record of it" in str(found)
+    assert "UNPATCHED" not in str(found)
 
 
 @pytest.mark.slow
@@ -316,5 +351,5 @@ def test_a_modified_package_is_told_although_every_property_holds(tmp_path: Path
         file.write("\n# a note\n")
     result = process(tmp_path, *SHORT, path=tmp_path)
     assert result.returncode == 1, result.stderr
-    assert "MODIFIED  not as they were built: x_transformers/attend.py" in result.stdout
-    assert f"all {len(KEYS)} properties hold, but the package is MODIFIED" in result.stdout
+    assert "MODIFIED  these files are not as they were built: x_transformers/attend.py" in result.stdout
+    assert f"all {len(KEYS)} properties hold; the package is MODIFIED since it was built" in result.stdout

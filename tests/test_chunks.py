@@ -86,27 +86,34 @@ def encoder_and_decoder() -> XTransformer:
 PLAIN = {**OPTIONS, "rotary_xpos": False, "rotary_pos_emb": True}
 SELECTIVE = {**OPTIONS, "attn_flash": False, "attn_selective": True}
 LOOPED = {**OPTIONS, "pre_and_post_norm": True}
+EIGHT = torch.zeros(1, 8, dtype=torch.long)
 # what is passed in place of a language model, 8 tokens and chunks of 4, and what the message says
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(model=lambda: Decoder(**OPTIONS)), "Decoder with 0 TransformerWrappers"),
     (dict(model=encoder_and_decoder), "XTransformer with 2 TransformerWrappers"),
-    (dict(shape=(8,)), r"tokens has the shape \(8,\)"),
-    (dict(shape=(1, 0)), r"tokens has the shape \(1, 0\)"),
-    (dict(chunk=0), "chunk is 0"),
+    (dict(tokens=EIGHT[0]), r"tokens has the shape \(8,\)"),
+    (dict(tokens=EIGHT[:, :0]), r"tokens has the shape \(1, 0\)"),
+    (dict(tokens=[1, 2, 3]), "tokens is a list"),
+    (dict(tokens=torch.zeros(1, 8)), "tokens has the dtype float32"),
+    (dict(tokens=torch.tensor([[3, 32]])), "tokens has ids from 3 to 32: the model has ids from 0 to 31"),
+    (dict(tokens=torch.tensor([[-1, 3]])), "tokens has ids from -1 to 3: .* seq_start_pos"),
+    (dict(chunk_size=0), "chunk_size is 0"),
+    (dict(chunk_size=2.5), "chunk_size is 2.5"),
+    (dict(cache=None), "cache: prefill takes context, "),
     (dict(mask=None, pos=None), "mask, pos: prefill takes context, "),
     (dict(model=lambda: language_model(Encoder(**PLAIN))), "not causal"),
     (dict(model=lambda: language_model(num_memory_tokens=2)), "have no KV cache"),
     (dict(model=lambda: language_model(Decoder(**SELECTIVE))), "have no KV cache"),
     (dict(model=lambda: language_model(Decoder(**LOOPED), looped=True)), "one token at a time"),
     (dict(model=lambda: language_model(Decoder(**OPTIONS, shift_tokens=1))), "shift_tokens is wrong"),
-    (dict(model=lambda: language_model(average_pool_embed=True)), "no logits"),
+    (dict(model=lambda: language_model(average_pool_embed=True)), "one row for each token"),
 ]
 
 
 @pytest.mark.parametrize(("passed", "message"), REFUSED)
 def test_refused(passed: dict[str, Any], message: str) -> None:
-    def call(model: Any = language_model, shape: tuple[int, ...] = (1, 8), chunk: int = 4, **options: Any) -> None:
-        prefill(model(), torch.zeros(shape, dtype=torch.long), chunk, **options)
+    def call(model: Any = language_model, tokens: Any = EIGHT, chunk_size: Any = 4, **options: Any) -> None:
+        prefill(model(), tokens, chunk_size, **options)
 
     with pytest.raises(ValueError, match=message):
         call(**passed)

@@ -1,50 +1,37 @@
-"""The command line: `python -m x_transformers.xpos [COMMAND] [OPTIONS]`, where COMMAND is `check` if it is left out.
+"""The command line: `python -m x_transformers.xpos [check | limits] [OPTIONS]`; without a command, `check`.
 
-Exit status: 0 if all is well, 1 if a property fails or the package is unpatched or modified, 2 for a usage
-error, 130 if interrupted.
+The exit status is 0 if all is well, 1 if a property fails or the package is unpatched or modified, 2 for an argument or
+a model that cannot be used, 130 if interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import importlib
 import os
 import sys
-import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
-import torch
+import x_transformers
 
-from . import judge, limits, migrate, ours, report, theirs
-from .limits import DTYPES
-from .net import SEED, Net, UsageError, name_of
-from .subject import MIN_LEN, ROWS, Subject, length_of
+from .limits import DTYPES, limits
 
 PROG = "python -m x_transformers.xpos"
-MAX_LEN, MAX_LEN_OF_MODEL = 1_024, 512
-
-_NO_POSITIONS = (
-    "without positions the output is the same, so that little can be said about them: "
-    "are the weights those of training?"
-)
 _EPILOG = f"""examples:
   {PROG}
-  {PROG} --dtype bfloat16 --device cuda --plot check.png
+  {PROG} --dtype bfloat16 --device cuda
   {PROG} --model train:build_model
   {PROG} limits --scale-base 2048 --length 100000
-  {PROG} migrate old.pt --model train:build_model --length 2048 --output new.pt
-  {PROG} migrate old.pt --key model --model train:build_model --length 2048 --output new.pt
-  {PROG} COMMAND --help
 
 train:build_model is a function without arguments of train.py in the current directory. It returns a TransformerWrapper,
-a Decoder, or any torch.nn.Module with one in it.
+a Decoder, or any torch.nn.Module that contains one. From Python: x_transformers.xpos.check(model).
 
-exit status: 0 all is well, 1 a property fails, the package is unpatched or modified, or the answers of a converted
-checkpoint are not those of before, so that nothing was written, 2 usage error: an argument, a file or a model that
-cannot be used, in one line on standard error, 130 interrupted."""
+exit status: 0 all is well; 1 a property fails, or the package is unpatched or modified; 2 an argument or a model cannot
+be used, in one line on standard error; 130 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,183 +41,116 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-# keeps the lines of an epilog, where the examples are, and wraps all else
-_Help = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # a command may be left out, and options given all the same
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "check")
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
+    command = "x_transformers.xpos"
     try:
-        return command(options)
-    except UsageError as error:
-        print(f"{PROG} {options.name}: error: {error}", file=sys.stderr)
+        options = _parser().parse_args(arguments)
+        command = options.name
+        run: Callable[[argparse.Namespace], tuple[int, str]] = options.command
+        status, output = run(options)
+        _write(output + "\n")
+    except SystemExit:
+        _write("")
+        raise
+    except ValueError as error:
+        print(f"{PROG} {command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    common: Any = {"allow_abbrev": False, "formatter_class": _Help, "epilog": _EPILOG}
-    description = "Tools for xPos (rotary_xpos=True). Without a command: check."
-    parser = _Parser(prog=PROG, description=description, **common)
+    # keeps the lines of the epilog, where the examples are, and wraps all else
+    wrap = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
+    common: Any = {"allow_abbrev": False, "formatter_class": wrap, "epilog": _EPILOG}
+    parser = _Parser(prog=PROG, description="Tools for xPos (rotary_xpos = True). Without a command: check.", **common)
     commands = parser.add_subparsers(metavar="COMMAND", dest="name", required=True)
 
-    def command(run: Callable[[argparse.Namespace], int], help: str, description: str) -> Callable[..., Any]:
-        added = commands.add_parser(run.__name__.removeprefix("run_"), help=help, description=description, **common)
-        added.set_defaults(command=run)
-        return added.add_argument
+    help = "say whether xPos is right here, in small models or in your own (the default)"
+    description = (
+        "Run a model with rotary_xpos = True in every way that must give the same, and compare. With --model it\n"
+        "is a copy of yours, in eval mode, with its weights, in its dtype, on its device."
+    )
+    add = commands.add_parser("check", help=help, description=description, **common)
+    add.set_defaults(command=run_check)
+    add.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add.add_argument("--model", metavar="MODULE:FACTORY", help="your model: what FACTORY of MODULE returns")
+    add.add_argument("--device", help="where to run, as torch names it (default: cpu, or where your model is)")
+    add.add_argument("--dtype", choices=tuple(DTYPES), help="of the model (default: float32, or that of your model)")
+    text_help = "how many tokens to read in one call, at least 32 (default: 1024, or up to 512 with --model)"
+    add.add_argument("--max-len", type=int, metavar="N", help=text_help)
 
-    add = command(
-        run_check,
-        "say whether xPos is right here, on small models or on your own (the default)",
-        "Run models with rotary_xpos=True over whole texts and compare what must be the same: prefixes,\n"
-        "the KV cache, chunks, mems, shifted positions, generated text, and the scores of the paper's formula.\n"
-        "With --model, run yours: a copy of it in eval mode, with its weights, in its dtype, on its device.",
-    )
-    max_len_help = (
-        f"how much text to read in one call, at least {MIN_LEN} (default: {MAX_LEN} bytes; with --model "
-        f"{MAX_LEN_OF_MODEL} tokens, or all that it can read)"
-    )
-    add("--json", action="store_true", help="one JSON document on standard output instead of text")
-    add("--model", metavar="MODULE:FACTORY", help="your own model: what FACTORY of MODULE returns, without arguments")
-    add("--device", help="where to run, as torch names it (default: cpu; with --model, where the model is)")
-    add("--dtype", choices=tuple(DTYPES), help="of the model (default: float32; with --model, the model's)")
-    add("--max-len", type=int, metavar="N", help=max_len_help)
-    add("--text", metavar="FILE", help="the text to read (default: the topics of Python's own help)")
-    add("--plot", metavar="FILE", help="draw deviation against length; needs the extra `plot`")
-
-    add = command(
-        run_limits,
-        "say how many queries fit into one call, by dtype, and what a longer one needs",
-        "How many queries fit into one call before xPos leaves the range of the dtype, as the package\n"
-        "itself refuses it. What is in the KV cache or the mems does not count.",
-    )
+    help = "say how many queries fit into one call, by dtype, and what a longer sequence needs"
+    add = commands.add_parser("limits", help=help, description=f"{help.capitalize()}.", **common)
+    add.set_defaults(command=run_limits)
     dim_help = "rotated dims of a head, rotary_emb_dim (default: %(default)s, that of a Decoder with heads of 64)"
     base_help = "rotary_xpos_scale_base (default: 512, that of a Decoder)"
-    add("--dim", type=int, default=32, metavar="D", help=dim_help)
-    add("--scale-base", type=float, default=512.0, metavar="S", help=base_help)
-    add("--length", type=int, metavar="N", help="also say which scale base N queries in one call need")
-
-    add = command(
-        run_migrate,
-        "convert a checkpoint with memory keys (attn_num_mem_kv) that was trained without this fork",
-        "Convert a checkpoint of a model with rotary_xpos=True and attn_num_mem_kv that was trained on\n"
-        "upstream's release: at the length trained at it then gives here what it gave there. Any other model\n"
-        "needs no conversion. The result is compared with what upstream computes before it is written.",
-    )
-    source_help = "a state dict of torch.save, alone or in a dict, or a .safetensors file; never written to"
-    length_help = "the length trained at, in positions: tokens, memory tokens and whatever was prepended"
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help=source_help)
-    add("--model", required=True, metavar="MODULE:FACTORY", help="the model that the checkpoint is of")
-    add("--length", required=True, type=int, metavar="N", help=length_help)
-    add("--output", required=True, type=Path, metavar="OUT", help="the file to write; it must not exist yet")
-    add("--key", metavar="KEY", help="where in a dict the state dict is, as in model or state.model")
+    add.add_argument("--dim", type=int, default=32, metavar="D", help=dim_help)
+    add.add_argument("--scale-base", type=float, default=512.0, metavar="S", help=base_help)
+    add.add_argument("--length", type=int, metavar="N", help="also say what N queries need")
     return parser
 
 
-def run_check(options: argparse.Namespace) -> int:
-    started = time.monotonic()
-    dtype = DTYPES[options.dtype] if options.dtype is not None else None
-    device = _device(options.device, dtype or torch.float32) if options.device is not None else None
-    subjects: dict[str, Subject] = {}
-    tested: list[str] = []
-    notes, results, left_out = list[str](), list[judge.Result](), list[judge.LeftOut]()
-    with theirs.undisturbed():
-        if options.model is None:
-            model, text = ours.SUMMARY, options.text or ours.TEXT
-            max_len = length_of(Net(ours.build().module.to(dtype=dtype)), options.max_len, MAX_LEN)
-            read = ours.read_text(options.text, max_len)
-            subjects[""] = ours.Ours(read, device or torch.device("cpu"), dtype or torch.float32)
-        else:
-            if options.text is not None:
-                reason = "with --model the texts are random token ids or hidden states; leave it out"
-                raise UsageError(f"argument --text: {reason}")
-            built = theirs.build(options.model)
-            model, text = f"{options.model}, {type(built).__name__}", "random"
-            for path, target in theirs.find(options.model, built).items():
-                net, note = theirs.open_net(options.model, target, dtype, device)
-                max_len = length_of(net, options.max_len, MAX_LEN_OF_MODEL)
-                subjects[path or type(target.module).__name__] = Subject(net, net.inputs(ROWS, max_len))
-                reads = "token ids" if net.reads_tokens else "hidden states"
-                tested.append(f"{theirs.summary(path, target)}; {max_len:,} random {reads}")
-                notes += [note] if note else []
-        if options.plot is not None:
-            report.prepare_plot(options.plot)
+def run_check(options: argparse.Namespace) -> tuple[int, str]:
+    from .checker import OWN_MODELS, check_model
 
-        for name, subject in subjects.items():
-            prefix = f"{name}: " if len(subjects) > 1 else ""
-            of_subject, lacking = judge.check(subject, partial(print, file=sys.stderr), prefix)
-            results += of_subject
-            left_out += lacking
-            if not subject.positions_matter():
-                notes.append(f"{prefix}{_NO_POSITIONS}")
-
-    first, *_ = subjects.values()
-    run = {
-        "device": str(first.net.device),
-        "dtype": name_of(first.net.dtype),
-        "max_len": max(subject.max_len for subject in subjects.values()),
-        "text": text,
-        "model": model,
-        "seed": SEED,
-        "torch": torch.__version__,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    factor = max(subject.logit_factor for subject in subjects.values())
-    found = report.outcome(results, left_out, run, logit_factor=factor, tested=tested, notes=notes)
-    _write(sys.stdout, (report.document(found) if options.json else report.table(found)) + "\n")
-    if options.plot is not None:
-        report.plot(found, options.plot)
-    return 0 if found["passed"] else 1
+    module = OWN_MODELS if options.model is None else build(options.model)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    progress: Callable[[str], None] = partial(print, file=sys.stderr)
+    found = check_model(module, dtype=dtype, device=options.device, max_len=options.max_len, progress=progress)
+    return 0 if found.passed else 1, found.to_json() if options.json else str(found)
 
 
-def _device(name: str, dtype: torch.dtype) -> torch.device:
+def run_limits(options: argparse.Namespace) -> tuple[int, str]:
+    return 0, str(limits(options.scale_base, options.length, dim=options.dim))
+
+
+def build(spec: str) -> object:
+    """What the factory of `MODULE:FACTORY` returns, called without arguments.
+
+    Raises ValueError, in one line, for whatever the import or the factory raises.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not (module_name and attribute) or module_name.endswith(".py") or "/" in module_name:
+        raise ValueError(f"--model is {spec}: give MODULE:FACTORY, as train:build_model for a function in train.py")
+    doing = f"importing {module_name}"
     try:
-        device = torch.device(name)
-        ones = torch.ones(2, 2, device=device, dtype=dtype)
-        (ones @ ones).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UsageError(
-            f"argument --device: cannot use {name!r} with --dtype {name_of(dtype)}: {reason}; "
-            "give a device of this machine, as cpu"
-        ) from None
-    return device
+        factory: Any = importlib.import_module(module_name)
+        for name in attribute.split("."):
+            factory = getattr(factory, name)
+        doing = f"calling {attribute} without arguments"
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise ValueError(" ".join(f"--model is {spec}: {doing} failed: {_reason(error)}".split())) from error
 
 
-def run_limits(options: argparse.Namespace) -> int:
-    if options.dim < limits.MIN_DIM or options.dim % 2:
-        raise UsageError(
-            f"argument --dim: {options.dim} dims cannot be rotated in pairs; give an even number from 4 on"
-        )
-    if not (math.isfinite(options.scale_base) and options.scale_base > 0):
-        raise UsageError(f"argument --scale-base: {options.scale_base:g} is no scale base; give a number above 0")
-    if options.length is not None and options.length < 1:
-        raise UsageError(f"argument --length: {options.length} is no number of queries; give 1 or more")
-    _write(sys.stdout, limits.table(options.dim, options.scale_base, options.length) + "\n")
-    return 0
+def _reason(error: BaseException) -> str:
+    """What was raised, and the last line of the user's own code that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # an assertion of x-transformers without a message is its own
+    reason = f"{type(error).__name__}: {str(error) or frames[-1].line}"
+    libraries = {Path(x_transformers.__file__).parent, Path(os.__file__).parent}
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({Path(error.filename or '').name}, line {error.lineno})"
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if path.suffix == ".py" and "site-packages" not in path.parts and not libraries & {*path.parents}:
+            return f"{reason} ({path.name}, line {frame.lineno})"
+    return reason
 
 
-def run_migrate(options: argparse.Namespace) -> int:
-    with theirs.undisturbed():
-        passed, done = migrate.migrate(options.model, options.checkpoint, options.output, options.length, options.key)
-    _write(sys.stdout, done + "\n")
-    return 0 if passed else 1
-
-
-def _write(stream: TextIO, output: str) -> None:
+def _write(output: str) -> None:
     try:
-        stream.write(output)
-        stream.flush()
+        print(output, end="", flush=True)
     except BrokenPipeError:
         # the reader has had enough, and the verdict stands; nothing more must be written, not at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -1,98 +1,113 @@
-"""How many queries fit into one call with xPos, by dtype, what scale base a longer one needs, and what it leaves.
-
-The center is in the middle of the queries, so q and k are scaled by up to (1 / ζ_0) ** (length // 2 / S), where ζ_0 is
-0.4 / 1.4 whatever the number of rotated dims is. What does not fit is refused by the package, by the same formula.
-"""
+"""How many queries fit into one call with xPos, and what is left of a score at a distance."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-from . import formula
+from x_transformers.x_transformers import RotaryEmbedding
 
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-# `RotaryEmbedding` divides by `dim - 2`
-MIN_DIM = 4
-
-_EXPLANATION = """
-any: the scale itself is out of range above. masked: flash attention with a mask, a bias, a cache, mems
-or dropout, which adds to scores that have to be finite. What is in the cache or the mems does not count.
-
-One query more raises ValueError before any layer runs. Ways out: pass the sequence in chunks through the
-KV cache, as x_transformers.xpos.prefill does; compute in bfloat16 or float32; or train with a larger
-rotary_xpos_scale_base. Stay at half of a limit, as large values need room too. Positions passed in are
-not checked: what is too far ahead gives NaN."""
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
-def limit(scale_base: float, dtype: torch.dtype, *, masked: bool, room: float = 1) -> int:
-    """The most queries in one call with room for elements of q and k of this size: of 1, as the package refuses more.
+@dataclass(frozen=True)
+class Limits:
+    """What `limits` returns; `str()` of it is a table. Keys are names of dtypes, or distances in positions.
 
-    `masked` says that the scores with keys ahead, which are scaled by its square, have to be finite as well, as flash
-    attention adds a mask or a bias to them. Else attention replaces or skips them.
+    `queries` has the most queries in one call. With a `length`, `scale_bases` has the least whole scale base for that
+    many queries in one call, and `calls` how many calls they take otherwise. `remaining` has the fraction of a score
+    that is left at a distance: of the pair of dims that decays fastest, of the mean of all pairs, and of the slowest.
     """
-    largest = torch.finfo(dtype).max / room
-    if masked:
-        largest = min(largest, torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.5 / room)
-    return 2 * int(scale_base * math.log(largest) / math.log(1.4 / 0.4)) + 1
 
+    scale_base: float
+    dim: int
+    queries: dict[str, int]
+    remaining: dict[float, tuple[float, float, float]]
+    length: int | None = None
+    scale_bases: dict[str, int] | None = None
+    calls: dict[str, int] | None = None
 
-def longest_window(dtype: torch.dtype, scale_base: float) -> int:
-    """How many queries fit into one call, masked or not, with room for elements of q and k of up to 64."""
-    return limit(scale_base, dtype, masked=True, room=64)
-
-
-def least_scale_base(length: int, dtype: torch.dtype, *, masked: bool) -> int:
-    """The least whole scale base for which `length` queries fit into one call; the limit is proportional to it."""
-    base = max(1, length * 1_000 // limit(1_000, dtype, masked=masked) - 1)
-    while limit(base, dtype, masked=masked) < length:
-        base += 1
-    return base
-
-
-def table(dim: int, scale_base: float, length: int | None) -> str:
-    """The limits of each dtype and, with `length`, the least scale base and the number of calls that it needs."""
-    limits, needed = [], []
-    for name, dtype in DTYPES.items():
-        found = [limit(scale_base, dtype, masked=masked) for masked in (False, True)]
-        limits.append(_row(name, *found))
-        if length is not None:
-            bases = [least_scale_base(length, dtype, masked=masked) for masked in (False, True)]
-            needed.append(_row(name, *bases, math.ceil(length / found[1])))
-    lines = [
-        f"Limits of xPos with a scale base of {scale_base:g} and {dim} rotated dims.",
-        "",
-        "            queries in one call",
-        _row("dtype", "any", "masked"),
-        *limits,
-    ]
-    if length is not None:
-        lines += [
-            "",
-            f"For {length:,} queries: the least whole scale base in one call, or the calls it takes at {scale_base:g}",
-            _row("dtype", "any", "masked", "calls"),
-            *needed,
-        ]
-    return "\n".join([*lines, _EXPLANATION, "", "What is left of a score at a distance:", fading(dim, scale_base)])
-
-
-def fading(dim: int, scale_base: float) -> str:
-    """What is left of a score at a distance, of the part from the pair of dims that fades fastest, slowest, of all."""
-    lines = [_row("distance", "fastest", "mean", "slowest")]
-    for ratio in (0.25, 0.5, 1, 2, 4, 8):
-        left = formula.decays(dim) ** ratio
-        lines.append(
-            _row(f"{ratio * scale_base:,.6g}", *(f"{part:.2g}" for part in (left.min(), left.mean(), left.max())))
+    def __str__(self) -> str:
+        columns = {"dtype": self.queries, "queries": self.queries}
+        if self.scale_bases is not None and self.calls is not None:
+            columns |= {"scale base for all": self.scale_bases, "calls instead": self.calls}
+        rows = [[name, *(f"{column[name]:,}" for column in [*columns.values()][1:])] for name in self.queries]
+        fractions = [[f"{at:,.6g}", *(f"{part:.2g}" for part in parts)] for at, parts in self.remaining.items()]
+        wanted = "" if self.length is None else f", and what {self.length:,} queries need"
+        return "\n".join(
+            [
+                f"The most queries in one call with a scale base of {self.scale_base:g}{wanted}:",
+                "",
+                *_aligned([[*columns], *rows]),
+                "",
+                "One query more raises ValueError. Keys in the KV cache or in mems do not count. Stay below half of a",
+                "limit, since large activations can overflow earlier. From half of float32's limit on, flash attention",
+                "with a mask, a bias, a cache, mems or dropout can give NaN, as it does upstream. Positions that are",
+                "passed in as a tensor are not checked.",
+                "",
+                "Longer sequences: pass them in chunks with x_transformers.xpos.prefill, use bfloat16 or float32",
+                "instead of float16, or train with a larger rotary_xpos_scale_base.",
+                "",
+                f"The fraction of a score that is left at a distance, of {self.dim} rotated dims:",
+                "",
+                *_aligned([["distance", "fastest", "mean", "slowest"], *fractions]),
+            ]
         )
-    return "\n".join(lines)
 
 
-def _row(name: str, *cells: str | int) -> str:
-    shown = [f"{cell:,}" if isinstance(cell, int) else cell for cell in cells]
-    return f"{name:<12}" + "".join(f"{cell:>12}" for cell in shown)
+def _aligned(rows: list[list[str]]) -> list[str]:
+    return [f"{first:<12}" + "".join(f"{cell:>20}" for cell in rest) for first, *rest in rows]
+
+
+def limits(scale_base: float = 512, length: int | None = None, *, dim: int = 32) -> Limits:
+    """How many queries one call can have with xPos in each dtype, as the package itself computes it.
+
+    Args:
+        scale_base: `rotary_xpos_scale_base` of the `Decoder`, in positions. The limits are proportional to it.
+        length: a number of queries, at least 1. With it, the result has the scale base that one call of that length
+            needs, and the number of calls that it takes otherwise, in chunks through the KV cache.
+        dim: how many dims of a head are rotated, `rotary_emb_dim`, at least 3. The decay depends on it, limits do not.
+
+    Returns:
+        A `Limits`, which prints as a table.
+
+    Raises:
+        ValueError: an argument is out of the ranges above, or x_transformers is unpatched.
+
+    Example:
+        >>> found = limits()
+        >>> found.queries["float16"], found.queries["float32"]
+        (9065, 72521)
+        >>> limits(length=100_000).scale_bases["float16"], limits(length=100_000).calls["float16"]
+        (5649, 12)
+    """
+    if not (isinstance(dim, int) and dim >= 3):
+        raise ValueError(f"dim is {dim}: give the number of rotated dims, a whole number from 3 on")
+    if not (math.isfinite(scale_base) and scale_base > 0):
+        raise ValueError(f"scale_base is {scale_base:g}: give a number above 0")
+    if length is not None and not (isinstance(length, int) and length >= 1):
+        raise ValueError(f"length is {length}: give a number of queries, at least 1")
+    rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base)
+    if not hasattr(rotary, "max_xpos_queries"):
+        raise ValueError(
+            "RotaryEmbedding has no max_xpos_queries here, so past its limits xPos gives NaN: install the fork"
+        )
+    queries = {name: int(rotary.max_xpos_queries(dtype)) for name, dtype in DTYPES.items()}
+    decays = {ratio * scale_base: rotary.scale.double() ** ratio for ratio in (0.25, 0.5, 1, 2, 4, 8)}
+    remaining = {at: (float(left.min()), float(left.mean()), float(left.max())) for at, left in decays.items()}
+    if length is None:
+        return Limits(scale_base, dim, queries, remaining)
+    bases = {name: _least_scale_base(rotary, length, dtype) for name, dtype in DTYPES.items()}
+    calls = {name: math.ceil(length / most) for name, most in queries.items()}
+    return Limits(scale_base, dim, queries, remaining, length, bases, calls)
+
+
+def _least_scale_base(rotary: RotaryEmbedding, length: int, dtype: torch.dtype) -> int:
+    # limits are proportional to the scale base, but for the rounding to a whole number
+    rotary.scale_base = 1_000
+    rotary.scale_base = max(1, length * 1_000 // rotary.max_xpos_queries(dtype) - 1)
+    while rotary.max_xpos_queries(dtype) < length:
+        rotary.scale_base += 1
+    return int(rotary.scale_base)

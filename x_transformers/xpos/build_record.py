@@ -1,4 +1,4 @@
-"""The record of a build: what an installed copy of this package was made from, and whether its files still are that.
+"""The record of a build: what the installed package was made from, and whether its files have changed since.
 
 The build writes `x_transformers/xpos/provenance.json`: the pinned upstream release, the patches, and the hash of every
 file that they gave. This uses the standard library alone: hatch_build.py loads it by its path, where there is no torch.

@@ -30,12 +30,11 @@ def angles(rotary_dim: int) -> Tensor:
 
 
 def scores(q: Tensor, k: Tensor, query_pos: Tensor, key_pos: Tensor, *, rotary_dim: int) -> tuple[Tensor, Tensor]:
-    """Scores of unrotated queries and keys, and the size of the terms that add up to each.
+    """Scores of unrotated queries (heads, i, dim_head) and keys (heads, j, dim_head) at positions (i,) and (j,).
 
-    `q` is `(heads, i, dim_head)`, `k` `(heads, j, dim_head)`, of any dtype and device; `query_pos` is `(i,)`,
-    `key_pos` `(j,)`. Returns two float64 tensors `(heads, i, j)` on the CPU: the scores, in the unit of the softmax's
-    argument, and the same sums over absolute values, which bound what a rounding of q or k can do to a score. Keys
-    after their query (n > m) are not attended to and hold 0 in both.
+    Returns two float64 tensors (heads, i, j) on the CPU: the scores, in the unit of the softmax's argument, and the
+    same sums over absolute values, which bound what a rounding of q or k can do to a score. Keys after their query
+    (n > m) are not attended to and hold 0 in both.
     """
     q, k, query_pos, key_pos = q.detach().cpu().double(), k.detach().cpu().double(), query_pos.cpu(), key_pos.cpu()
     q_pairs, q_plain = _pairs(q[..., :rotary_dim]), q[..., rotary_dim:]
