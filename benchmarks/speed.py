@@ -8,7 +8,7 @@
 
 Upstream's pinned release is built by the same hook with an empty series, and imported beside the fork. What is compared
 runs interleaved in one process, in an order drawn anew for each round, so that what else the machine does hits all of
-it. Medians are shown, in times of the same model with no positions.
+it. Medians are shown, in times of the same model with no positions. Decoding is `generate()` with its defaults.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import itertools
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,36 +30,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 from packaging_support import pristine_tree
 
 DIM, DEPTH, HEADS, DIM_HEAD, ROTARY_DIM = 512, 6, 8, 64, 32
-POSITIONS: Mapping[str, dict[str, Any]] = {
-    "none": {},
-    "rotary": {"rotary_pos_emb": True},
-    "xpos": {"rotary_xpos": True},
-}
+POSITIONS = {"none": {}, "rotary": {"rotary_pos_emb": True}, "xpos": {"rotary_xpos": True}}
 MIN_ROUNDS = 3
+WARM_UP, TOKENS = 3, 8  # of a call of `generate()`: not counted, and counted
 
 Case = tuple[str, str]  # the package and the positions
-Calls = Mapping[Case, Callable[[], object]]
+Samples = Mapping[Case, Callable[[], list[float]]]  # seconds of one or more runs
 
 
-def load(tree: Path | None) -> ModuleType:
-    """`x_transformers` from the tree, or the one that is installed; several can be loaded, one after another."""
+def load(*paths: str) -> ModuleType:
+    """`x_transformers`, looked for in `paths` first; several can be loaded, one after another."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "x_transformers"]:
         del sys.modules[name]
-    if tree is not None:
-        sys.path.insert(0, str(tree))
-    try:
-        import x_transformers
-    finally:
-        if tree is not None:
-            sys.path.remove(str(tree))
-    return x_transformers
+    sys.path[:0] = paths
+    package = importlib.import_module("x_transformers")
+    del sys.path[: len(paths)]
+    return package
 
 
 @dataclass(frozen=True)
@@ -70,39 +63,50 @@ class Setup:
     seconds: float
 
     def models(self, *, train: bool = False) -> dict[Case, nn.Module]:
-        return {(name, kind): self.model(name, kind).train(train) for kind in POSITIONS for name in self.packages}
+        found = {}
+        for (kind, options), (name, package) in itertools.product(POSITIONS.items(), self.packages.items()):
+            torch.manual_seed(0)
+            sizes = dict(dim=DIM, depth=DEPTH, heads=HEADS, attn_dim_head=DIM_HEAD)
+            decoder = package.Decoder(**sizes, attn_flash=True, **options)
+            outer = dict(num_tokens=256, max_seq_len=2**20, use_abs_pos_emb=False)
+            model = package.TransformerWrapper(**outer, attn_layers=decoder)
+            found[name, kind] = model.to(self.device, torch.float32 if self.autocast else self.dtype).train(train)
+        return found
 
-    def model(self, name: str, kind: str) -> nn.Module:
-        torch.manual_seed(0)
-        sizes = dict(dim=DIM, depth=DEPTH, heads=HEADS, attn_dim_head=DIM_HEAD)
-        decoder = self.packages[name].Decoder(**sizes, attn_flash=True, **POSITIONS[kind])
-        outer = dict(num_tokens=256, max_seq_len=2**20, use_abs_pos_emb=False)
-        model = self.packages[name].TransformerWrapper(**outer, attn_layers=decoder)
-        return model.to(self.device, torch.float32 if self.autocast else self.dtype).eval()
+    def tokens(self, length: int) -> Tensor:
+        return torch.randint(0, 256, (1, length), device=self.device)
 
-    def tokens(self, seq_len: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, (1, seq_len), generator=generator).to(self.device)
+    def prompted(self, models: Mapping[Case, nn.Module], length: int) -> dict[Case, tuple[Tensor, Any]]:
+        """What each returns for a prompt: the last logits, and the cache without the hidden states."""
+        found = {}
+        for case, model in models.items():
+            logits, cache = model(self.tokens(length), return_intermediates=True)
+            found[case] = logits[:, -1:], replace(cache, hiddens=None, layer_hiddens=None, block_hiddens=None)
+        return found
 
-    def cache(self, name: str, length: int) -> Any:
-        """As if so many tokens had been decoded: random keys and values."""
-        layers = self.packages[name].x_transformers
-        torch.manual_seed(0)
-        kvs = [torch.randn(2, 1, HEADS, length, DIM_HEAD).to(self.device, self.dtype).unbind() for _ in range(DEPTH)]
-        intermediates = [layers.Intermediates(cached_kv=kv, layer_type="a") for kv in kvs]
-        return layers.LayerIntermediates(attn_intermediates=intermediates, cache_length=length)
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
-    def medians(self, calls: Calls) -> dict[Case, float]:
-        """The median time of each, in seconds; `Timer` runs each untimed first, and waits for the device."""
-        order, found = random.Random(0), {case: [] for case in calls}
-        timers = {
-            case: Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-            for case, call in calls.items()
-        }
-        started = time.perf_counter()
-        while any(len(times) < MIN_ROUNDS for times in found.values()) or time.perf_counter() - started < self.seconds:
-            for case in order.sample(list(calls), len(calls)):
-                found[case].append(timers[case].timeit(1).median)
+    def timed(self, run: Callable[..., object], what: Mapping[Case, Any], *arguments: Any) -> Samples:
+        """Of `run(what, *arguments)`, after once untimed."""
+
+        def sample(case: Case) -> list[float]:
+            run(what[case], *arguments)
+            started = self.now()
+            run(what[case], *arguments)
+            return [self.now() - started]
+
+        return {case: partial(sample, case) for case in what}
+
+    def medians(self, samples: Samples) -> dict[Case, float]:
+        order, found = random.Random(0), {case: [] for case in samples}
+        started, rounds = time.perf_counter(), 0
+        while rounds < MIN_ROUNDS or time.perf_counter() - started < self.seconds:
+            for case in order.sample(list(samples), len(samples)):
+                found[case] += samples[case]()
+            rounds += 1
         return {case: statistics.median(times) for case, times in found.items()}
 
 
@@ -118,63 +122,59 @@ def train_step(model: nn.Module, x: Tensor) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def prefill(setup: Setup, length: int) -> str:
-    x = setup.tokens(length)
-    with torch.no_grad():
-        return row(length, setup.medians({case: partial(model, x) for case, model in setup.models().items()}))
+def prefill(setup: Setup, length: int) -> Samples:
+    return setup.timed(nn.Module.__call__, setup.models(), setup.tokens(length))
 
 
-def train(setup: Setup, length: int) -> str:
-    x, models = setup.tokens(length), setup.models(train=True)
-    return row(length, setup.medians({case: partial(train_step, model, x) for case, model in models.items()}))
+def train(setup: Setup, length: int) -> Samples:
+    return setup.timed(train_step, setup.models(train=True), setup.tokens(length))
 
 
-def compiled(setup: Setup, length: int) -> str:
+def compiled(setup: Setup, length: int) -> Samples:
     """A training step of one graph for all lengths."""
-    x = setup.tokens(length)
     models = {case: model for case, model in setup.models(train=True).items() if "rotary" not in case}
     for model in models.values():
         model(setup.tokens(8))  # lets einops register its backend
         model.compile(fullgraph=True, dynamic=True)
-    return row(length, setup.medians({case: partial(train_step, model, x) for case, model in models.items()}))
+    return setup.timed(train_step, models, setup.tokens(length))
 
 
-def step_from(cache: Any, model: nn.Module, x: Tensor) -> Any:
-    return model(x, cache=cache, input_not_include_cache=True, return_intermediates=True)[1]
+def decode(setup: Setup, length: int) -> Samples:
+    """A token of `generate()`, from one call of its filter to the next, sampling included."""
+    x, models = setup.tokens(length), setup.models()
+    prompted = setup.prompted(models, length)
+
+    def sample(case: Case) -> list[float]:
+        wrapper, model, times = setup.packages[case[0]].autoregressive_wrapper, models[case], []
+
+        def forward(*args: Any, cache: Any = None, **options: Any) -> Any:
+            return prompted[case] if cache is None else type(model).forward(model, *args, cache=cache, **options)
+
+        def top_k(logits: Tensor) -> Tensor:
+            times.append(setup.now())
+            return wrapper.top_k(logits)
+
+        model.forward = forward  # so a prompt is computed once, not for each round
+        wrapper.AutoregressiveWrapper(model).generate(x, 1 + WARM_UP + TOKENS, filter_logits_fn=top_k)
+        return [after - before for before, after in zip(times, times[1:])][WARM_UP:]
+
+    return {case: partial(sample, case) for case in models}
 
 
-def decode(setup: Setup, length: int) -> str:
-    """One step after another, each from the cache that the last one gave."""
-
-    def step(model: nn.Module, state: list[Any]) -> None:
-        state[0] = step_from(state[0], model, x)
-
-    x, models = setup.tokens(1), setup.models()
-    with torch.no_grad():
-        calls = {case: partial(step, model, [setup.cache(case[0], length)]) for case, model in models.items()}
-        found = setup.medians(calls)
-    del calls
-    gc.collect()
-    return row(length, found)
-
-
-def replayed(setup: Setup, length: int) -> str:
-    """A step of decoding from a cache of `length`, captured as a CUDA graph."""
-
-    def capture(call: Callable[[], object]) -> Callable[[], None]:
+def replayed(setup: Setup, length: int) -> Samples:
+    """A step of decoding after a prompt, captured as a CUDA graph."""
+    x, models, captured = setup.tokens(1), setup.models(), {}
+    for case, (_, cache) in setup.prompted(models, length).items():
+        call = partial(models[case], x, cache=cache, input_not_include_cache=True, return_intermediates=True)
         call()  # what is done once is not captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
-        return graph.replay
-
-    x, models = setup.tokens(1), setup.models()
-    with torch.no_grad():
-        calls = {case: partial(step_from, setup.cache(case[0], length), model, x) for case, model in models.items()}
-        return row(length, setup.medians({case: capture(call) for case, call in calls.items()}))
+        captured[case] = graph, call  # it reads the memory of the call
+    return setup.timed(lambda pair: pair[0].replay(), captured)
 
 
-def rotation(setup: Setup, length: int) -> str:
+def rotation(setup: Setup, length: int) -> Samples:
     """Of q and k (1, 8, n, 64) with 32 dims rotated, tables given, beside a copy, and flash-attention's kernel."""
     q, k = torch.randn(2, 1, HEADS, length, DIM_HEAD).to(setup.device, setup.dtype).unbind()
     old, new = (setup.packages[name].x_transformers for name in ("upstream", "fork"))
@@ -182,12 +182,10 @@ def rotation(setup: Setup, length: int) -> str:
     rotary = new.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device)
     factors = new.XPosTable(*rotary.forward_from_seq_len(length)).with_factors(length, DIM_HEAD).factors
 
-    def upstream() -> object:
-        return old.apply_rotary_pos_emb(q, freqs, scale), old.apply_rotary_pos_emb(k, freqs, scale**-1.0)
-
-    calls: dict[Case, Callable[[], object]] = {
+    rotate = old.apply_rotary_pos_emb
+    calls = {
         ("both", "none"): lambda: (q.clone(), k.clone()),
-        ("upstream", "xpos"): upstream,
+        ("upstream", "xpos"): lambda: (rotate(q, freqs, scale), rotate(k, freqs, scale**-1.0)),
         ("fork", "xpos"): lambda: tuple(map(new.multiply_pairs, (q, k), factors)),
     }
     if setup.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
@@ -197,12 +195,11 @@ def rotation(setup: Setup, length: int) -> str:
         calls["flash-attention", "xpos"] = lambda: [
             apply_rotary(t.transpose(1, 2), *table, interleaved=True) for t, table in zip((q, k), tables)
         ]
-    with torch.no_grad():
-        return row(length, setup.medians(calls))
+    return setup.timed(lambda call: call(), calls)
 
 
 HEAD = "no positions | rotary, upstream | rotary, fork | xPos, upstream | xPos, fork"
-PARTS: Mapping[str, tuple[Callable[[Setup, int], str], str, Sequence[int]]] = {
+PARTS: Mapping[str, tuple[Callable[[Setup, int], Samples], str, Sequence[int]]] = {
     "prefill": (prefill, HEAD, (1_024,)),
     "train": (train, HEAD, (1_024,)),
     "decode": (decode, HEAD, (256, 1_024, 4_096, 16_384)),
@@ -215,7 +212,7 @@ PARTS: Mapping[str, tuple[Callable[[Setup, int], str], str, Sequence[int]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="What xPos costs, upstream beside the fork.")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all by default")
-    parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="tokens, or tokens in the cache")
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="N", help="tokens, or those of the prompt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--autocast", action="store_true", help="to the dtype, from models in float32")
@@ -224,7 +221,7 @@ def main() -> None:
     if unknown := sorted({*options.parts} - {*PARTS}):
         parser.error(f"there is no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
 
-    packages = {"upstream": load(pristine_tree()), "fork": load(None)}
+    packages = {"upstream": load(str(pristine_tree())), "fork": load()}
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     setup = Setup(packages, device, dtype, options.autocast, options.seconds)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -235,8 +232,10 @@ def main() -> None:
         part, head, lengths = PARTS[name]
         print(f"\n### {name}\n\n| n | {head} |\n{'|---' * (head.count('|') + 2)}|", flush=True)
         for length in options.lengths or lengths:
-            with torch.autocast(device.type, dtype, enabled=options.autocast):
-                print(part(setup, length), flush=True)
+            grad = torch.set_grad_enabled(part in (train, compiled))
+            with grad, torch.autocast(device.type, dtype, enabled=options.autocast):
+                print(row(length, setup.medians(part(setup, length))), flush=True)
+            gc.collect()  # models of `decode` refer to themselves
 
 
 if __name__ == "__main__":

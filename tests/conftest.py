@@ -38,7 +38,7 @@ NOT_ABOUT_THE_PACKAGE = {
     f"test_{name}.py"
     for name in (
         *("backport", "build", "check", "documents", "example", "for_upstream", "patches", "projects", "regressions"),
-        *("swap", "tool", "torch", "try_release"),
+        *("swap", "tool", "torch", "try_release", "upstream_bugs"),
     )
 }
 
