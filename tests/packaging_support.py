@@ -152,7 +152,9 @@ def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run git in a repository, with nobody's settings."""
     settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(repository.parent)}
     environment = clean_environment(LC_ALL="C", **settings, **IDENTITY)
-    return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
+    # the checkout may be somebody else's, as in a container
+    command = ["git", "-c", "safe.directory=*", *arguments]
+    return subprocess.run(command, cwd=repository, env=environment, text=True, capture_output=True)
 
 
 def make_repository(repository: Path, subject: str) -> None:
