@@ -56,7 +56,8 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
     """An environment whose pip has nothing but the wheelhouse."""
-    return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheelhouse), **variables)
+    # pip splits it at spaces, of which a URI has none
+    return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheelhouse.as_uri(), **variables)
 
 
 def call_backend(

@@ -108,8 +108,8 @@ def test_wheel_is_the_patched_release_and_the_own_module_with_a_record_of_both(l
         archive.extractall(tmp_path)
     package = tmp_path / "x_transformers"
     content = {f"x_transformers/{path}": code for path, code in snapshot(package).items()}
-    own = {f"x_transformers/xpos/{path.name}": path.read_bytes() for path in (ROOT / hatch_build.OWN_MODULE).iterdir()}
-    own = {path: code for path, code in own.items() if path.endswith(".py")}
+    modules = (ROOT / hatch_build.OWN_MODULE).glob("*.py")
+    own = {f"x_transformers/xpos/{path.name}": path.read_bytes() for path in modules}
     assert content.pop(RECORD)
     assert content == {**expected, **own}
     assert {path for path in expected if expected[path] != line.release.files[path]} == {MAIN}
