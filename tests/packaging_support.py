@@ -56,7 +56,8 @@ def clean_environment(**variables: str) -> dict[str, str]:
 
 def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
     """An environment whose pip has nothing but the wheelhouse."""
-    return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheelhouse), **variables)
+    # pip splits it at spaces, of which a URI has none
+    return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheelhouse.as_uri(), **variables)
 
 
 def call_backend(
@@ -152,7 +153,9 @@ def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run git in a repository, with nobody's settings."""
     settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(repository.parent)}
     environment = clean_environment(LC_ALL="C", **settings, **IDENTITY)
-    return subprocess.run(["git", *arguments], cwd=repository, env=environment, text=True, capture_output=True)
+    # the checkout may be somebody else's, as in a container
+    command = ["git", "-c", "safe.directory=*", *arguments]
+    return subprocess.run(command, cwd=repository, env=environment, text=True, capture_output=True)
 
 
 def make_repository(repository: Path, subject: str) -> None:

@@ -129,7 +129,8 @@ def commands(document: str) -> list[str]:
 
 def test_what_is_said_of_commands_is_about_commands_that_are_there() -> None:
     assert {*INSTEAD} <= {command for document in DOCUMENTS for command in commands(document)}
-    assert TESTS in read(".ci/run")
+    if (ROOT / ".ci").exists():  # not in an sdist
+        assert TESTS in read(".ci/run")
 
 
 @pytest.fixture(scope="module")
