@@ -19,7 +19,7 @@ CONFLICT = f"patch failed: {NAME}:18"
 
 
 def release(content: bytes) -> hatch_build.Release:
-    return hatch_build.Release("x-transformers", "9.9.9", "", {NAME: content}, "")
+    return hatch_build.Release("x-transformers", "9.9.9", "", {NAME: content})
 
 
 @pytest.fixture
