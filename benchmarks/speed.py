@@ -180,7 +180,10 @@ def rotation(setup: Setup, length: int) -> Samples:
     old, new = (setup.packages[name].x_transformers for name in ("upstream", "fork"))
     freqs, scale = old.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device).forward_from_seq_len(length)
     rotary = new.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device)
-    factors = new.XPosTable(*rotary.forward_from_seq_len(length)).with_factors(length, DIM_HEAD).factors
+    # with a row in front, that of keys without a position
+    table = new.XPosTable(*(t[:, 1 - at :] for at, t in enumerate(rotary.forward_from_seq_len(length + 1))))
+    table.query_len, table.dim = length, DIM_HEAD
+    factors = table.factors
 
     rotate = old.apply_rotary_pos_emb
     calls = {

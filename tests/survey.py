@@ -1,6 +1,6 @@
 """Every option of a decoder, and whether xPos keeps what plain rotary has with it.
 
-    python tests/survey.py      # writes docs/options.md
+    python tests/survey.py      # writes docs/options.md, and tests/survey.json, from which the page is made
 
 An option is turned on in two models with the same random weights, one with `rotary_pos_emb=True` and one with
 `rotary_xpos=True`, in float64. Where plain rotary has one of `PROPERTIES`, xPos must have it. There is no list of
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import re
-import textwrap
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -155,13 +155,12 @@ def cross_kv_residuals(s: Scene, _model: Any) -> Options:
 
 
 def rotary_table(s: Scene, model: Any) -> Options:
-    rotary, pos = model.attn_layers.rotary_pos_emb, torch.arange(s.stop)
-    if s.shift is None:
-        return {"rotary_pos_emb": rotary.forward_from_seq_len(s.stop)}
-    pos = pos + s.shift
+    rotary, pos = model.attn_layers.rotary_pos_emb, torch.arange(s.stop) - (s.new if s.how == "mems" else 0)
+    pos = pos if s.shift is None else pos + s.shift
     if "seq_len" not in inspect.signature(rotary.forward).parameters:  # the unpatched release
         return {"rotary_pos_emb": rotary(pos)}
-    return {"rotary_pos_emb": rotary(pos, offset=pos.amin(dim=-1, keepdim=True), seq_len=s.stop)}
+    window = dict(offset=pos[..., s.first_query, None], seq_len=s.stop - s.first_query)
+    return {"rotary_pos_emb": rotary(pos, **window)}
 
 
 def window(s: Scene, _model: Any) -> Options:
@@ -427,10 +426,10 @@ def enter_options_of_the_decoder() -> None:
     # what is refused
     on("causal=False", refused="bidirectional")
     remedy = "- use `rotary_pos_emb = True` instead"
-    on("attn_l2_distance", refused=f"`attn_l2_distance` {remedy}")
-    on("attn_use_cope", refused=f"`attn_use_cope` {remedy}")
+    neither = f"`attn_l2_distance` or `attn_use_cope` {remedy}"
+    on("attn_l2_distance attn_use_cope", refused=neither)
     cope = "attn_cope_max_pos=4 attn_cope_soft_onehot_pos attn_cope_talking_heads"
-    on(cope, "attn_use_cope", refused=f"`attn_use_cope` {remedy}")
+    on(cope, "attn_use_cope", refused=neither)
     # without positions of the context its queries and keys are not rotated
     on("cross_attn_l2_distance", "cross_attend @context")
     on("cross_attn_l2_distance=context_pos", CROSS, "cross_attn_l2_distance", refused=f"`context_pos` {remedy[:-8]}")
@@ -478,9 +477,8 @@ def enter_arguments_of_forward() -> None:
     on("forward.rotary_pos_emb=rotary_table", inert="the same as without")
     table = "forward.rotary_pos_emb=rotary_table"
     on(f"{table},num_mem_kv", "attn_num_mem_kv=3", "@rotary_table", inert="the same as without")
-    need_pos = "`context_pos` and `rotary_window` need `pos` instead of `rotary_pos_emb`"
-    on(f"{table},context_pos", CROSS, "@rotary_table", refused=need_pos)
-    on("forward.rotary_window=window,table", "@rotary_table", "@window", refused=need_pos)
+    on(f"{table},context_pos", CROSS, "@rotary_table", inert="the same as without")
+    on("forward.rotary_window=window,table", "@rotary_table", "@window", inert="a table has a center of its own")
     on("forward.causal", inert="a decoder is causal")
     on("forward.causal=False", refused="`causal = False` - use `rotary_pos_emb = True`")
     not_run("the properties pass it", "forward.mems forward.cache forward.input_not_include_cache forward.cache_age")
@@ -519,9 +517,8 @@ def combine(*settings: Setting) -> Setting | None:
         if name in merged and merged[name] is not value and merged[name] != value:
             return None
         merged[name] = value
-    if merged.keys() & {"@rotary_table", "cross_attn_l2_distance"} and any("context_pos" in name for name in merged):
-        return None
-    if {"@rotary_table", "@window"} <= merged.keys():
+    has_context_pos = any("context_pos" in name for name in merged)
+    if has_context_pos and ("cross_attn_l2_distance" in merged or {"@rotary_table", "@window"} <= merged.keys()):
         return None
     return Setting(" + ".join(s.name for s in settings), merged, in_float32=any(s.in_float32 for s in settings))
 
@@ -748,17 +745,30 @@ def changes_something(setting: Setting) -> bool:
     return without.shape != run.full.shape or not bool(((without - run.full).abs() <= tolerance(run, "")).all())
 
 
-# docs/options.md: every value of an option under what was found about it
+# what was found about each option, and docs/options.md, which is made from it
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "options.md"
+RECORD, DOCUMENT = Path(__file__).with_suffix(".json"), Path(__file__).parent.parent / "docs" / "options.md"
+
+# what the output changes with where a property is not had, and what to do then
+CHANGES = {
+    "prefix": ("what follows", "leave it out of language models"),
+    "decode": ("the KV cache", "`generate(..., cache_kv = False)`"),
+    "chunks": ("the KV cache", "no `prefill`"),
+    "mems": ("`mems`", "one call for all segments"),
+    "rows": ("chance", "nothing: it draws at random, as meant"),
+    "shift": ("shifted positions", "positions from 0 on"),
+    "rowpos": ("shifted positions", "positions from 0 on"),
+    "pad": ("left padding", "padding on the right"),
+    "context": ("padding of the context", "a context without padding"),
+}
 
 
 def names_of(entry: Entry) -> list[str]:
     return [setting.name for setting in entry.settings] or [entry.option]
 
 
-def headings() -> dict[str, str]:
-    """What was found about each name."""
+def look() -> dict[str, str]:
+    """What is found about each name."""
     found: dict[str, str] = {}
     for entry in ENTRIES.values():
         outcomes = map(examine, entry.settings) if entry.settings else [(NOT_RUN, entry.reason)]
@@ -766,30 +776,78 @@ def headings() -> dict[str, str]:
     return found
 
 
+def write_record(found: Mapping[str, str]) -> None:
+    by_finding: dict[str, list[str]] = {}
+    for name, finding in found.items():
+        by_finding.setdefault(finding, []).append(name)
+    RECORD.write_text(json.dumps(by_finding, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record() -> dict[str, str]:
+    by_finding: dict[str, list[str]] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return {name: finding for finding, names in by_finding.items() for name in names}
+
+
+def as_written(settings: Sequence[Setting]) -> str:
+    """Without values but False, without what needs another of them, and self- and cross-attention in one."""
+    options = {setting.name.partition("=")[0] for setting in settings}
+    names = [setting.name for setting in settings if not options & {*setting.needs} - {setting.name.partition("=")[0]}]
+    labels = [re.sub(r"^(wrapper\.)?(forward\.)?|=(?!False).*", "", name) for name in names]
+    both = {f"cross_{label}" for label in labels} & {*labels}
+    shown = (f"[cross_]{label}" if f"cross_{label}" in both else label for label in labels if label not in both)
+    return ", ".join(f"`{label}`" for label in dict.fromkeys(shown)).replace("=", " = ")
+
+
 def page(found: Mapping[str, str]) -> str:
-    order = (HOLDS, REFUSED, PLAIN_FAILS, BROKEN, NOT_RUN)
-    names = [name for entry in ENTRIES.values() for name in names_of(entry)]
-    head = (
-        f"{len(names)} values of {len(ENTRIES)} options were turned on in two models with the same weights, one with "
-        "plain rotary and one with xPos. Where plain rotary has one of these properties, xPos has it too:"
-    )
-    parts = ["# Options of a decoder with xPos"]
-    parts += ["Written by `python tests/survey.py`, and kept true by tests/test_survey.py."]
-    parts += [textwrap.fill(head, 118), "\n".join(f"- {name}: {meaning}" for name, meaning in PROPERTIES.items())]
-    for heading in sorted(set(found.values()), key=lambda heading: (order.index(heading.partition(":")[0]), heading)):
-        under_it = ", ".join(f"`{name}`" for name in names if found.get(name) == heading)
-        parts += [f"## {heading}", textwrap.fill(under_it, 118, break_long_words=False, break_on_hyphens=False)]
-    return "\n\n".join(parts) + "\n"
+    refused, broken = dict[tuple[str, ...], list[Setting]](), dict[tuple[str, ...], list[Setting]]()
+    for entry in ENTRIES.values():
+        for setting in entry.settings:
+            verdict, _, note = found[setting.name].partition(": ")
+            # another option with memory key / values has what these have
+            has_memory = any("attn_num_mem_kv" in name for name in setting.words)
+            if verdict == REFUSED:
+                refused.setdefault(tuple(note.split(": ", 1)), []).append(setting)
+            elif verdict == PLAIN_FAILS:
+                refused.setdefault(("with plain rotary too", "an error of upstream"), []).append(setting)
+            elif note.startswith("all but") and (not has_memory or "attn_num_mem_kv" in entry.option):
+                failed = note.removeprefix("all but ").partition(", which")[0].split(", ")
+                # whatever else changes follows from these
+                failed = next(([name] for name in ("rows", "prefix") if name in failed), failed)
+                cells = (", ".join(dict.fromkeys(cells)) for cells in zip(*map(CHANGES.__getitem__, failed)))
+                broken.setdefault(tuple(cells), []).append(setting)
+    values = sum(len(names_of(entry)) for entry in ENTRIES.values())
+    tables = {"refused": sorted(refused.items()), "broken": sorted(broken.items(), key=lambda row: len(row[0][0]))}
+    rows = {
+        name: "\n".join(f"| {as_written(settings)} | {' | '.join(cells)} |" for cells, settings in table)
+        for name, table in tables.items()
+    }
+    return PAGE.format(values=values, options=len(ENTRIES), **rows)
 
 
-def read_page() -> dict[str, str]:
-    """The heading for each name, as the page has it."""
-    _, *sections = DOCUMENT.read_text(encoding="utf-8").split("\n## ")
-    found = {}
-    for heading, _, names in (section.partition("\n\n") for section in sections):
-        found.update(dict.fromkeys(re.findall("`([^`]*)`", names), heading))
-    return found
+PAGE = """# Options
+
+`python tests/survey.py` writes this page, and tests/test_survey.py keeps it true. It turns on {values} values of
+{options} options of a decoder and its wrappers, with plain rotary embeddings and with xPos. The output must not change
+with what follows a token, the KV cache, `mems`, the other rows of a batch, shifted positions, left padding, or padding
+of a context. Wherever plain rotary passes, xPos passes. Options that are not on this page pass everything, except those
+that need one that is. `[cross_]attn_…` stands for `attn_…` and `cross_attn_…`.
+
+## Refused
+
+| option | when | error |
+|---|---|---|
+{refused}
+
+## Broken with every rotary embedding
+
+| option | the output changes with | what to do |
+|---|---|---|
+{broken}
+
+Padding between prepended embeddings and text changes nothing [if `pos` skips it](recipes.md#padding-in-the-middle).
+"""
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(page(headings()), encoding="utf-8")
+    write_record(look())
+    DOCUMENT.write_text(page(read_record()), encoding="utf-8")

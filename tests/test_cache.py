@@ -10,6 +10,7 @@ import copy
 import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -309,6 +310,20 @@ def test_nothing_is_kept_once_a_model_and_its_caches_are_gone():
     assert tensors_alive() == before
 
 
+@pytest.mark.parametrize("done", [lambda inter: inter.cached_kv, lambda inter: setattr(inter, "cached_kv", None)])
+@torch.no_grad()
+def test_a_cache_that_is_read_or_moved_elsewhere_lets_go_of_the_memory_with_room(done):
+    model = build(OPTIONS, 0)
+    _, cache = prefill_with_cache(model, tokens(0, 2, 24), [20] + [1] * 4)
+    memory = [weakref.ref(t) for inter in cache.attn_intermediates for t in inter.kv_memory]
+
+    for inter in cache.attn_intermediates:
+        done(inter)
+    gc.collect()
+
+    assert not any(ref() is not None for ref in memory)
+
+
 # appending
 
 
@@ -322,7 +337,7 @@ def test_from_the_second_step_on_nothing_that_is_cached_is_copied(options, seed,
 
     for step in range(num_steps):
         _, cache = continue_with(model, x[:, prompt_len + step, None], cache)
-        memory.append([t.data_ptr() for inter in cache.attn_intermediates for t in inter.memory])
+        memory.append([t.data_ptr() for inter in cache.attn_intermediates for t in inter.kv_memory])
 
     # there is room for 16 more
     assert all(addresses == memory[0] for addresses in memory[:17])
@@ -378,7 +393,7 @@ def test_generate_appends_to_the_cache_with_its_defaults(padded, past_max_seq_le
 
     def note(layers, args, kwargs, output):
         before, after = (c.attn_intermediates[0] if c is not None else None for c in (kwargs["cache"], output[1]))
-        memories: list[Any] = [getattr(inter, "memory", None) for inter in (before, after)]
+        memories: list[Any] = [getattr(inter, "kv_memory", None) for inter in (before, after)]
         appended.append(None not in memories and memories[0][0].data_ptr() == memories[1][0].data_ptr())
 
     model.attn_layers.register_forward_hook(note, with_kwargs=True)

@@ -84,19 +84,18 @@ TESTS = 'pip install -c constraints.txt ".[test]" && pytest'
 # what is run for a command instead, where ITSELF stands for it
 ITSELF = ""
 INSTEAD: dict[str, tuple[str, ...]] = {
-    # by .ci/run, test_patches.py and test_example.py
+    # by .ci/run and test_example.py
     TESTS: (),
-    'git am "$repo"/patches/2.x/000[1-4]-*.patch "$repo"/patches/2.x/tests-for-upstream/0001-*.patch': (),
     "python examples/length_extrapolation.py": (),
     # needs a GPU, or is run by the fast tier
     "python -m x_transformers.xpos --device cuda --dtype bfloat16": (),
     "python benchmarks/speed.py --device cuda --dtype bfloat16": (),
     "python benchmarks/speed.py train --device cuda --dtype bfloat16 --autocast": (),
     "pytest tests/test_cuda.py": (),
+    "pytest -m slow --ignore=tests/test_mutations.py": (),
     # in a short form
-    "python -m x_transformers.xpos": ("python -m x_transformers.xpos --max-len 128",),
     "python patches/try_release.py latest": ("python patches/try_release.py latest --no-properties",),
-    "python patches/try_release.py --newest 10 --write": ("python patches/try_release.py --newest 2 --no-properties",),
+    "python patches/try_release.py --newest 3 --write": ("python patches/try_release.py --newest 2 --no-properties",),
     "python benchmarks/speed.py": (
         "python benchmarks/speed.py prefill train decode rotation --lengths 16 --seconds 0",
     ),
@@ -150,7 +149,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if commands(document)])
 def test_commands(document: str, reader: Path) -> None:
-    lines = ["exec 2>&1; set -v", WITH_TESTS if document.startswith("patches") else INSTALL]
+    lines = ["exec 2>&1; set -v", WITH_TESTS if document == "docs/contributing.md" else INSTALL]
     for command in commands(document):
         lines += [line or command for line in INSTEAD.get(command, (ITSELF,))]
     # the environment's pip and python; uv, which a reader may have anywhere, is that of the tests

@@ -26,7 +26,7 @@ FILES = {
     LINE: {ONLY_FILE, "x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"},
 }
 # of what the parts add, in lines that are not blank and in characters
-MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_400), "C": (78, 4_760), "fork": (8, 600)}
+MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_399), "C": (84, 4_980), "fork": (8, 600)}
 
 each_line = pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 

@@ -26,7 +26,7 @@ REGRESSIONS = {
     "forward.causal": "differs",
     "forward.rotary_window": "no argument",
 }
-PAGE, UPDATE = survey.read_page(), "run python tests/survey.py"
+FOUND, UPDATE = survey.read_record(), "run python tests/survey.py"
 
 
 def test_every_option_is_classified_and_every_entry_is_about_one(monkeypatch):
@@ -58,12 +58,12 @@ def test_xpos_keeps_what_plain_rotary_has(entry):
         if verdict == HOLDS:
             # one that changes nothing without a reason is not turned on
             assert survey.changes_something(setting) is not bool(setting.inert), name
-        assert PAGE[name] == f"{verdict}: {note}", UPDATE
+        assert FOUND[name] == f"{verdict}: {note}", UPDATE
 
 
-def test_the_page_has_every_option_and_no_other():
-    text = survey.DOCUMENT.read_text(encoding="utf-8")
-    assert text == survey.page(PAGE), UPDATE
+def test_the_page_says_what_was_found_about_every_option():
+    assert FOUND.keys() == {name for entry in ENTRIES.values() for name in survey.names_of(entry)}, UPDATE
+    assert survey.DOCUMENT.read_text(encoding="utf-8") == survey.page(FOUND), UPDATE
 
 
 @pytest.mark.parametrize("option", [entry.option for entry in ENTRIES.values() if entry.reason == survey.GIVEN])
@@ -116,7 +116,7 @@ def test_keys_with_a_center_of_their_own_break_nearly_every_option(monkeypatch):
 
 
 def test_keys_without_a_position_that_are_not_rotated_break_prefix_consistency(monkeypatch):
-    monkeypatch.setattr(upstream, "apply_null_xpos", lambda k, **_: k)
+    monkeypatch.setattr(upstream, "apply_null_xpos", lambda k, *_: k)
 
     for option in ("attn_num_mem_kv", "forward.self_attn_additional_kv"):
         assert "prefix" in survey.examine(ENTRIES[option].settings[0])[1]

@@ -212,11 +212,13 @@ class OtherAttention(Module):
 
     def __init__(self, attention: Module) -> None:
         super().__init__()
-        self.attention, self.per_head = attention, False
+        self.attention, self.how = attention, ""
 
     def forward(self, x: Tensor, *, rotary_pos_emb: Any, **kwargs: Any) -> Any:
         assert all(t.is_floating_point() for t in rotary_pos_emb)
-        tables = tuple(t[:, None] if self.per_head else t.clone() for t in rotary_pos_emb)
+        tables: Any = tuple(t[:, None] if self.how == "per head" else t.clone() for t in rotary_pos_emb)
+        if self.how == "moved":  # as FSDP and accelerate do with a named tuple
+            tables = type(rotary_pos_emb)(*tables)
         return self.attention(x, rotary_pos_emb=tables, **kwargs)
 
 
@@ -230,9 +232,13 @@ def test_a_layer_of_ones_own_is_given_angles_and_scales(options, num_mem_kv, see
     layers = [layer for layer in model.attn_layers.layers if isinstance(layer[1], x_transformers.Attention)]
     for layer in layers:
         layer[1] = OtherAttention(layer[1])
-    assert_agree(answers(model, x, sum(lens[1:])), expected)
+    for how in ("", "moved"):
+        for layer in layers:
+            layer[1].how = how
+        model.requires_grad_(False)
+        assert_agree(answers(model, x, sum(lens[1:])), expected)
     for layer in layers:
-        layer[1].per_head = True
+        layer[1].how = "per head"
     assert_agree([model(x)], expected[:1])
 
 
