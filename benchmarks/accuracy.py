@@ -16,6 +16,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def one_layer(dtype: torch.dtype, **options: object) -> tuple[nn.Module, Attenti
 # whole models in float64: keys without a position, and across attention
 
 
-def prefix(options: dict, **kwargs: object) -> float:
+def prefix(options: dict[str, Any], **kwargs: object) -> float:
     """The first 8 of 40 tokens against the 8 alone."""
     model, x = build({**SMALL, **options}, 0), tokens(0, 2, 40)
     return relative(model(x[:, :8], **kwargs), model(x, **kwargs)[:, :8])

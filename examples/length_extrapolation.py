@@ -159,7 +159,7 @@ def build(package: ModuleType, kind: str, settings: Settings, *, windowed: bool 
     decoder = package.Decoder(**sizes, attn_flash=True, ff_mult=FF_MULT, verbose=False, **options)
     longest = max(FACTORS) * settings.length
     model = package.TransformerWrapper(num_tokens=256, max_seq_len=longest, use_abs_pos_emb=False, attn_layers=decoder)
-    return model.to(settings.device)  # type: ignore[no-any-return]
+    return model.to(settings.device)
 
 
 # training
@@ -189,7 +189,7 @@ def train(model: nn.Module, name: str, settings: Settings, text: Tensor, path: P
         rate = min(part / WARMUP, (1 - part + 1 / settings.steps) / (1 - WARMUP))
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * rate
-        F.cross_entropy(model(x[:, :-1]).transpose(1, 2), x[:, 1:]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(x[:, :-1]).transpose(1, 2), x[:, 1:]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()

@@ -62,7 +62,7 @@ def gather_keys(attend: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     num_mem = kv[0].shape[-2] - q.shape[-2]
     gathered = []
     for t in kv:
-        parts = Gather.apply(t[..., num_mem:, :])  # type: ignore[no-untyped-call]
+        parts = Gather.apply(t[..., num_mem:, :])
         gathered.append(torch.cat((t[..., :num_mem, :], *parts[: dist.get_rank() + 1].unbind()), dim=-2))
     return (q, *gathered), kwargs
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -12,7 +13,7 @@ from packaging_support import BACKPORT, LINE, copy_project, patched_tree, pristi
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # building a model takes longer than Hypothesis expects of an input, and varies with the machine
-common = {
+common: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
     "print_blob": True,
@@ -21,7 +22,7 @@ common = {
 settings.register_profile("default", max_examples=60, **common)
 settings.register_profile("thorough", max_examples=1000, **common)
 # where tests may be meant to fail the first failure is enough: nothing to shrink, to replay or to explain
-briefly = {
+briefly: dict[str, Any] = {
     **common,
     "print_blob": False,
     "phases": [Phase.explicit, Phase.generate],

@@ -13,7 +13,6 @@ import strategies
 import torch
 from packaging_support import LINE, pristine_tree, provenance
 from reference import GAMMA, rescaled_base
-from torch.nn import Module
 
 import x_transformers
 
@@ -62,7 +61,7 @@ def build_both(
 
 
 @torch.no_grad()
-def _hold_exact_buffers_(model: Module, options: dict[str, Any]) -> None:
+def _hold_exact_buffers_(model: Any, options: dict[str, Any]) -> None:
     """Upstream's buffers are rounded to float32 whatever the model's dtype: here they hold what they stand for."""
     rotary = model.attn_layers.rotary_pos_emb
     dim = options.get("rotary_emb_dim", options["attn_dim_head"] // 2)

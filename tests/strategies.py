@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {**SMALL, "rotary_xpos": True, "rotary_xpos_scale_base
 seeds = st.integers(0, 2**16)
 
 # for what is run for every case of a table, or takes a model many calls
-few = settings(max_examples=max(settings.default.max_examples // 4, 10))
+few = settings(max_examples=max(settings().max_examples // 4, 10))
 
 # distances that positions are moved by: small ones, and far beyond any context
 shifts = st.one_of(st.integers(1, 64), st.integers(1, 1_000_000))

@@ -620,7 +620,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
 def in_parts(run: Run, how: str, sizes: Sequence[int]) -> Pairs:
-    start, state = 0, {}
+    start, state = 0, dict[str, Any]()
     for size in sizes:
         stop = start + size
         out, after = run(Scene(stop=stop, new=start, how=how), **state)
@@ -769,7 +769,7 @@ def names_of(entry: Entry) -> list[str]:
 
 def look() -> dict[str, str]:
     """What is found about each name."""
-    found = {}
+    found: dict[str, str] = {}
     for entry in ENTRIES.values():
         outcomes = map(examine, entry.settings) if entry.settings else [(NOT_RUN, entry.reason)]
         found.update(zip(names_of(entry), map(": ".join, outcomes)))

@@ -350,8 +350,12 @@ def test_an_interpreter_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         hatch_build.fetch_release(ROOT / LINE / "upstream.txt")
 
 
-def test_an_sdist_without_its_record(default: Line, tmp_path: Path) -> None:
+def test_an_sdist_that_was_changed_gives_a_package_that_says_so_or_none(default: Line, tmp_path: Path) -> None:
     unpacked, environment = default.unpack(tmp_path), clean_environment(PIP_NO_INDEX="1")
+    (unpacked / DPO).write_text("# edited\n", encoding="utf-8")
+    with zipfile.ZipFile(build("build_wheel", unpacked, tmp_path / "out", environment)) as archive:
+        archive.extractall(tmp_path / "package")
+    assert provenance.modified_files(tmp_path / "package" / "x_transformers") == (DPO,)
     (unpacked / RECORD).write_text("{}", encoding="utf-8")
     assert "not a record" in refused("build_wheel", unpacked, environment, tmp_path)
     (unpacked / RECORD).unlink()

@@ -173,7 +173,8 @@ def test_whatever_is_done_with_a_cache_it_is_as_if_every_step_made_a_copy(
 ):
     # not `inference_mode(False)`, which turns gradients on, and nothing is appended then
     with torch.inference_mode() if inference else torch.no_grad():
-        models = zip(build_both(options, seed), (nullcontext, pristine_imports))
+        imports_of_both: tuple[Callable[[], Any], ...] = (nullcontext, pristine_imports)
+        models = zip(build_both(options, seed), imports_of_both)
         sessions = [Session(model, imports, tokens(seed, 2, prompt_len)) for model, imports in models]
 
         for number, (action, which, n) in enumerate(program):
@@ -392,7 +393,7 @@ def test_generate_appends_to_the_cache_with_its_defaults(padded, past_max_seq_le
 
     def note(layers, args, kwargs, output):
         before, after = (c.attn_intermediates[0] if c is not None else None for c in (kwargs["cache"], output[1]))
-        memories = [getattr(inter, "kv_memory", None) for inter in (before, after)]
+        memories: list[Any] = [getattr(inter, "kv_memory", None) for inter in (before, after)]
         appended.append(None not in memories and memories[0][0].data_ptr() == memories[1][0].data_ptr())
 
     model.attn_layers.register_forward_hook(note, with_kwargs=True)

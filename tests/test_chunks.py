@@ -26,7 +26,7 @@ def test_chunks_give_what_one_call_gives(
 ) -> None:
     wrapped, cross, padded, mem_kv = (data.draw(st.booleans(), name) for name in ("wrapped", "cross", "pad", "mem kv"))
     model = build({**options, "cross_attend": cross, "attn_num_mem_kv": 2 * mem_kv}, seed)
-    x, given_too = tokens(seed, 2, seq_len), {}
+    x, given_too = tokens(seed, 2, seq_len), dict[str, Any]()
     if cross:
         given_too["context"] = torch.randn(2, 5, options["dim"], dtype=torch.float64)
         given_too["context_mask"] = torch.tensor([5, 3])[:, None] > torch.arange(5)

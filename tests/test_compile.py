@@ -24,8 +24,8 @@ from x_transformers import Attention
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
-MEMORY = dict(attn_num_mem_kv=2)
-ATTENTION = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
+MEMORY: dict[str, Any] = dict(attn_num_mem_kv=2)
+ATTENTION: dict[str, dict[str, Any]] = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
 
 # the first is compiled for. A length of 1 has a graph of its own in torch, which takes 0 and 1 for constants
 LENGTHS = (3, 7, 2, 33, 100)
@@ -257,7 +257,7 @@ def key_values(seed: int, length: int = 7) -> tuple[Tensor, Tensor]:
     return randn(seed, 2, 2, length, 8), randn(seed + 1, 2, 2, length, 8)
 
 
-def traced_to_graph(mode: str) -> Callable[..., Any]:
+def traced_to_graph(mode: Any) -> Callable[..., Any]:
     return lambda function, *args: make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
 
 
@@ -327,7 +327,7 @@ def test_derivatives_through_decoding_are_those_of_upstream(forward_mode):
 
         with torch.no_grad():
             if forward_mode == "jvp":
-                out, tangent = torch.func.jvp(decode, kv, tangents)
+                out, tangent, *_ = torch.func.jvp(decode, kv, tangents)
             else:
                 with forward_ad.dual_level():
                     out, tangent = forward_ad.unpack_dual(decode(*map(forward_ad.make_dual, kv, tangents)))

@@ -153,7 +153,7 @@ def test_autocast_costs_xpos_no_more_than_plain_rotary(flash):
         model = build({**OPTIONS, "attn_flash": flash, "rotary_xpos_scale_base": 128, **options}, 0, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             actual = model(x)
-        return deviation(actual, copy.deepcopy(model).double()(x))
+        return float(deviation(actual, copy.deepcopy(model).double()(x)))
 
     # both are the rounding of bfloat16 through two layers, so a factor of 4 apart is not chance
     assert error() <= 4 * error(rotary_xpos=False, rotary_pos_emb=True)

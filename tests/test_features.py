@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_folding_is_refused_where_no_factor_can_be_folded():
 # range
 
 
-def scale_base_options(flash: bool) -> dict:
+def scale_base_options(flash: bool) -> dict[str, Any]:
     """With a scale base of 4 the limit, hundreds of thousands of times 4 / 512, comes within reach of a test."""
     options = dict(dim=64, depth=2, heads=2, attn_dim_head=32, attn_flash=flash, verbose=False)
     return dict(options, rotary_xpos=True, rotary_emb_dim=32, rotary_xpos_scale_base=4)
@@ -159,7 +160,7 @@ def test_the_remedy_in_the_message_works_as_it_is_written(dtype, flash):
     with pytest.raises(ValueError, match="chunks of at most") as error:
         half(x)
     said = r"pass chunks of at most (\d+) through the kv cache, with `input_not_include_cache = True` and `cache_age`"
-    size = int(re.search(said, str(error.value))[1])
+    (size,) = map(int, re.findall(said, str(error.value)))
 
     logits, _ = prefill_with_cache(half, x, [len(chunk) for chunk in x[0].split(size)])
 

@@ -80,7 +80,7 @@ def free_transformer(**options: Any) -> Any:
     return model, lambda length: tokens(length + 1)  # the last is only predicted
 
 
-def build(name: str, **of_decoder: Any) -> tuple[nn.Module, Callable[[int], Any]]:
+def build(name: str, **of_decoder: Any) -> tuple[Any, Callable[[int], Any]]:
     if name == "XTransformer":
         return x_transformer(**{f"dec_{option}": value for option, value in of_decoder.items()})
     if name == "FreeTransformer":

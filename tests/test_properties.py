@@ -85,8 +85,8 @@ WAYS = {
     "several tokens at once": lambda model, x, lens: prefill_with_cache(model, x, lens, whole=True)[0],
     "chunks": lambda model, x, lens: prefill_with_cache(model, x, lens)[0],
     "segments with mems": segments,
-    "several tokens at once behind mems": lambda *args: behind_mems(*args, whole=True),
-    "chunks behind mems": lambda *args: behind_mems(*args, whole=False),
+    "several tokens at once behind mems": lambda model, x, lens: behind_mems(model, x, lens, whole=True),
+    "chunks behind mems": lambda model, x, lens: behind_mems(model, x, lens, whole=False),
     "layers alone": layers_alone,
     "prefix prepended": lambda model, x, lens: model(x[:, lens[0] :], prepend_embeds=model.token_emb(x[:, : lens[0]])),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from x_transformers import x_transformers as upstream
 from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
 
 # not in the unpatched release, where the tests of it are not run
-XPosTable = getattr(upstream, "XPosTable", None)
+XPosTable: Any = getattr(upstream, "XPosTable", None)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

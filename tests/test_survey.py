@@ -88,6 +88,7 @@ SETTINGS = [
 def test_xpos_keeps_what_plain_rotary_has_with_several_options(several):
     combined = survey.combine(*several)
     assume(combined is not None)
+    assert combined is not None  # for the types
 
     verdict, note = survey.examine(combined)
 

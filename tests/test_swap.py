@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -130,7 +131,7 @@ def test_what_is_saved_of_one_loads_in_the_other(positions: str) -> None:
     for other, model in zip(others, reversed(models)):
         other.load_state_dict(model.state_dict(), strict=True)
 
-    imports = (nullcontext, pristine_imports)  # pickle finds classes by name
+    imports: tuple[Callable[[], Any], ...] = (nullcontext, pristine_imports)  # pickle finds classes by name
     for model, saving in zip(models, imports):
         saved = io.BytesIO()
         with saving():

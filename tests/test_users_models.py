@@ -50,19 +50,19 @@ def alibi() -> nn.Module:
 
 
 class Autocast(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return self.net(x)  # type: ignore[no-any-return]
+            return self.net(x)
 
 
 @leaves_out(NO_MEMS)
 def residual_attention() -> nn.Module:
-    options = dict(residual_attn=True, attn_add_zero_kv=True, pre_norm=False, rotary_xpos_scale_base=32768)
-    model = language_model(**options, attn_qk_norm=True, attn_qk_norm_dim_scale=True)
+    options: dict[str, Any] = dict(residual_attn=True, attn_add_zero_kv=True, pre_norm=False)
+    model = language_model(**options, attn_qk_norm=True, attn_qk_norm_dim_scale=True, rotary_xpos_scale_base=32768)
     return Autocast(torch.compile(AutoregressiveWrapper(model)))
 
 
@@ -72,7 +72,7 @@ class Masked(nn.Module):
         self.net = language_model(attn_num_mem_kv=16, use_scalenorm=True, attn_flash=True, layer_dropout=0.1)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        return self.net(x, self_attn_kv_mask=seen)  # type: ignore[no-any-return]
+        return self.net(x, self_attn_kv_mask=seen)
 
 
 @leaves_out({**NO_MEMS, "shift": "plain rotary"})
@@ -82,7 +82,7 @@ def memory_keys() -> nn.Module:
 
 @leaves_out({**NO_MEMS, **dict.fromkeys(CACHE, "shift_tokens")})
 def laser() -> nn.Module:
-    options = dict(attn_laser=True, add_value_residual=True, shift_tokens=1, attn_qk_norm=True)
+    options: dict[str, Any] = dict(attn_laser=True, add_value_residual=True, shift_tokens=1, attn_qk_norm=True)
     model = language_model(4096, **options)
     model.compile(dynamic=False)
     return model
@@ -110,7 +110,7 @@ class Wrapper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         memory = self.memory.expand(x.shape[0], -1, -1)
         pos = torch.cat((torch.arange(4), 10_000 + torch.arange(x.shape[1])))
-        return self.net(torch.cat((memory, self.embed(x)), dim=1), pos=pos)[:, 4:]  # type: ignore[no-any-return]
+        return self.net(torch.cat((memory, self.embed(x)), dim=1), pos=pos)[:, 4:]
 
 
 @leaves_out({})

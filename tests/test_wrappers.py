@@ -111,7 +111,7 @@ def case(*, mem_kv: bool = True, regression: bool | None = None) -> Callable[[Ca
     return register
 
 
-def generation(d: Drawn, generate: Callable, full: Callable, num_new: int = 0, **kwargs: Any) -> Pairs:
+def generation(d: Drawn, generate: Callable[..., Any], full: Any, num_new: int = 0, **kwargs: Any) -> Pairs:
     """The logits that greedy generation sees, and those of one call for all of it."""
     greedy = Greedy()
     new = generate(d.prompt, num_new or d.new, filter_logits_fn=greedy, **kwargs)
@@ -185,7 +185,7 @@ def an_encoder_and_decoder_generate(d: Drawn) -> Pairs:
     encoder = dict(enc_num_tokens=NUM_TOKENS, enc_max_seq_len=8, enc_depth=1, enc_verbose=False)
     model = d.prepared(XTransformer(dim=d.options["dim"], **encoder, **decoder))
     src = tokens(d.seed + 1, 2, 5)
-    kwargs = dict(context_pos=torch.arange(5)) if d.flag else {}
+    kwargs: dict[str, Any] = dict(context_pos=torch.arange(5)) if d.flag else {}
     full = partial(model.decoder.net, context=model.encoder(src, return_embeddings=True), **kwargs)
     return generation(d, partial(model.generate, src), full, **kwargs)
 
@@ -311,7 +311,7 @@ def feedback_while_decoding_with_and_without_a_cache(d: Drawn) -> Pairs:
     model, greedy = full_bandwidth(d), Greedy()
     net, (transition,) = model.net, model.transitions.values()
     new = model.generate(d.prompt, d.new, filter_logits_fn=greedy, process_prompt=False)
-    x, latents, expected = torch.cat((d.prompt, new), dim=1), [], []
+    x, latents, expected = torch.cat((d.prompt, new), dim=1), list[Tensor](), list[Tensor]()
 
     def fuse(stream: Tensor) -> Tensor:
         if not latents:
@@ -376,7 +376,7 @@ def the_whole_prefix_with_the_cache(d: Drawn) -> Pairs:
     alone = d.prepared(Decoder(**d.options, cross_attend=True, only_cross=True)) if d.flag else None
     inputs = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32)
     x = randn(d.seed, 2, d.first + d.new, d.options["dim"])
-    models = [(d.prepared(layers), x), *([(alone, x)] if alone is not None else [])]
+    models: list[tuple[Any, Any]] = [(d.prepared(layers), x), *([(alone, x)] if alone is not None else [])]
     wrapper = d.prepared(MultiInputTransformerWrapper(attn_layers=layers, **inputs))
 
     for model, inp in [*models, (wrapper, dict(a=d.x, b=d.x.flip(0)))]:

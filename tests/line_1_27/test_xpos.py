@@ -223,9 +223,8 @@ def test_the_table_is_that_of_the_formula(dim, seq_len, offset, scale_base, inte
 @pytest.mark.regression
 def test_the_window_is_known_on_the_host(lens):
     model, x = build(dict(SMALL, rotary_xpos=True, attn_flash=True), 0, max_mem_len=64), tokens(0, 1, sum(lens))
-    rotary, past, new, windows = model.attn_layers.rotary_pos_emb, sum(lens[:-1]), lens[-1], []
-    forward = rotary.forward
-    rotary.forward = lambda t, **window: windows.append(window) or forward(t, **window)
+    rotary, past, new, windows = model.attn_layers.rotary_pos_emb, sum(lens[:-1]), lens[-1], list[Any]()
+    rotary.register_forward_pre_hook(lambda _rotary, _args, window: windows.append(window), with_kwargs=True)
 
     with Recorder() as recorder:
         _, cache = model(x[:, :past], return_intermediates=True)
@@ -280,7 +279,7 @@ def test_other_wrappers() -> None:
     assert torch.equal(*ways)
 
 
-def encoder_decoder(package: Any, **options: Any) -> Module:
+def encoder_decoder(package: Any, **options: Any) -> Any:
     sizes = dict(num_tokens=NUM_TOKENS, max_seq_len=64, depth=1, heads=2, rotary_pos_emb=True)
     sides = {f"{side}_{name}": value for side in ("enc", "dec") for name, value in sizes.items()}
     return randomize_(package.XTransformer(dim=64, **sides, **options), 0).eval()
