@@ -13,8 +13,6 @@ The functions above the hook know nothing of hatchling. They also serve the test
 
 from __future__ import annotations
 
-import email
-import email.policy
 import importlib.util
 import os
 import re
@@ -22,15 +20,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from email.parser import HeaderParser
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
+from packaging.utils import parse_wheel_filename
 
 CHECKOUT = Path(os.path.abspath(__file__)).parent
 
@@ -72,22 +67,16 @@ class BuildError(Exception):
 
 
 class PatchError(BuildError):
-    """A patch that does not apply. `hunks` names each one that fails, as in `x_transformers/attend.py: hunk 2`."""
-
-    def __init__(self, message: str, patch: str, hunks: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.patch = patch
-        self.hunks = tuple(hunks)
+    """A patch that does not apply; the message names its hunks that do not."""
 
 
 class Release(NamedTuple):
-    """An upstream release: its package's files and licence by path (`x_transformers/attend.py`), and its METADATA."""
+    """An upstream release: its package's files and its licence, by path (`x_transformers/attend.py`)."""
 
     name: str
     version: str
     sha256: str
     files: dict[str, bytes]
-    metadata: str
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
@@ -96,12 +85,6 @@ class Release(NamedTuple):
 class Patch(NamedTuple):
     name: str
     content: bytes
-
-    @property
-    def subject(self) -> str:
-        """The subject of a `git format-patch` file without its [PATCH] tag; empty if it has none."""
-        subject = email.message_from_bytes(self.content, policy=email.policy.default)["Subject"]
-        return re.sub(r"^\[PATCH[^]]*\]\s*", "", " ".join(str(subject or "").split()))
 
 
 # the upstream release
@@ -127,7 +110,7 @@ def fetch_release(pin: Path) -> Release:
             "install pip there, or build with isolation (without --no-build-isolation)"
         )
     raise BuildError(
-        f"pip could not download the one upstream release that {_short(pin)} must pin. pip says:\n"
+        f"pip could not download the one upstream release that {'/'.join(pin.parts[-3:])} must pin. pip says:\n"
         f"{_indent(said.splitlines() or [f'{len(wheels)} files were downloaded'])}\n"
         "Ways out: make an index or a wheelhouse that has it reachable through pip's environment variables "
         "(PIP_INDEX_URL, PIP_PROXY, PIP_FIND_LINKS, ...) or pip.conf, which this download obeys, unlike options on "
@@ -137,22 +120,26 @@ def fetch_release(pin: Path) -> Release:
 
 def load_release(wheel: Path) -> Release:
     """Read a release from its wheel, whichever version it is."""
-    files, metadata = {}, ""
+    files = {}
     with zipfile.ZipFile(wheel) as archive:
-        for name in (name for name in archive.namelist() if not name.endswith("/")):
-            folder, _, rest = name.partition("/")
-            if folder == PACKAGE and not _is_own(name):
-                files[name] = archive.read(name)
-            elif not folder.endswith(".dist-info"):
-                raise BuildError(f"{wheel.name} holds {name}, which this build has no place for")
-            elif rest == "METADATA":
-                metadata = archive.read(name).decode("utf-8")
+        for path in (path for path in archive.namelist() if not path.endswith("/")):
+            folder, _, rest = path.partition("/")
+            if not folder.endswith(".dist-info"):
+                files[path] = archive.read(path)
             elif rest.rpartition("/")[2].upper().startswith("LICEN"):
-                files[LICENSE_PATH] = archive.read(name)
+                files[LICENSE_PATH] = archive.read(path)
     if LICENSE_PATH not in files:
         raise BuildError(f"{wheel.name} holds no licence: without one its code cannot be passed on")
-    headers = HeaderParser().parsestr(metadata)
-    return Release(headers["Name"], headers["Version"], provenance.sha256(wheel.read_bytes()), files, metadata)
+    if misplaced(files):
+        raise BuildError(f"{wheel.name} holds {', '.join(misplaced(files))}, which this build has no place for")
+    name, version, *_ = parse_wheel_filename(wheel.name)
+    return Release(name, str(version), provenance.sha256(wheel.read_bytes()), files)
+
+
+def misplaced(files: Iterable[str]) -> list[str]:
+    """Those of the paths that are not upstream's: outside of its package, or of the fork's own module."""
+    own = (f"{OWN_MODULE}/", f"{OWN_MODULE}.py")
+    return [path for path in files if not path.startswith(f"{PACKAGE}/") or path.startswith(own)]
 
 
 # the patches
@@ -160,19 +147,12 @@ def load_release(wheel: Path) -> Release:
 
 def read_series(line_dir: Path) -> tuple[str, ...]:
     """The names of a line's patches in order, from its `series` (quilt's format); each file is there."""
-    names: list[str] = []
-    for number, line in enumerate((line_dir / "series").read_text(encoding="utf-8").splitlines(), 1):
-        name, *options = re.sub(r"(^|\s+)#.*", "", line).split() or [""]
-        where = f"{_short(line_dir / 'series')}, line {number}"
-        # quilt allows options after the name; all but its default would change what the patch does
-        if options not in ([], ["-p1"]):
-            raise BuildError(f"{where}: one file name a line, not {line.strip()!r}")
-        if name in names:
-            raise BuildError(f"{where}: {name} is named twice")
-        if "/" in name or (name and not (line_dir / name).is_file()):
-            raise BuildError(f"{where}: {_short(line_dir / name)} does not exist")
-        names += [name] if name else []
-    return tuple(names)
+    lines = (line_dir / "series").read_text(encoding="utf-8").splitlines()
+    names = tuple(filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines)))
+    missing = [name for name in names if not (line_dir / name).is_file()]
+    if missing:
+        raise BuildError(f"patches/{line_dir.name}/series names {missing[0]}, which does not exist there")
+    return names
 
 
 def read_patches(line_dir: Path) -> list[Patch]:
@@ -181,42 +161,29 @@ def read_patches(line_dir: Path) -> list[Patch]:
 
 
 def apply_series(
-    files: Mapping[str, bytes],
-    patches: Iterable[Patch],
-    *,
-    release: object = "the release",
-    allow_offsets: bool = False,
+    files: Mapping[str, bytes], patches: Iterable[Patch], release: object = "the release"
 ) -> dict[str, bytes]:
     """`files` with the patches applied in order, exactly: every line of context must match where the patch says.
 
-    `allow_offsets` accepts hunks that match elsewhere in the file, for trying the series on another release.
     Raises PatchError at the first patch that does not apply.
     """
     files = dict(files)
-    refresh = "Refresh the patch: patches/README.md says how."
     with tempfile.TemporaryDirectory(prefix="x-transformers-") as directory:
         tree = Path(directory, "tree")
         write_files(files, tree)
         for patch in patches:
-            status, said = git_apply(patch.content, tree, "--apply", "--summary", "--reject", "--verbose")
-            if status != 0:
-                failed = re.findall(r"^error: patch failed: (.*):(\d+)$", said, re.MULTILINE)
-                numbers = re.findall(r"^Rejected hunk #(\d+)\.$", said, re.MULTILINE)
-                hunks = [f"{path}: hunk {n}, at line {line}" for (path, line), n in zip(failed, numbers)]
-                reasons = _indent(hunks or re.findall(r"^error: (.*)$", said, re.MULTILINE))
-                raise PatchError(f"{patch.name} does not apply to {release}:\n{reasons}\n{refresh}", patch.name, hunks)
-            moved = re.findall(r"^Hunk #\d+ succeeded at .*\(offset .*$", said, re.MULTILINE)
-            if moved and not allow_offsets:
-                message = f"{patch.name} applies to {release} only at other lines than it says:"
-                raise PatchError(f"{message}\n{_indent(moved)}\n{refresh}", patch.name)
+            status, said = git_apply(patch.content, tree, "--reject", "--verbose")
+            # a hunk that matches at other lines than it says is not an error to git
+            faults = re.findall(r"^(?:error: .*[^:\n]|Rejected hunk .*|Hunk .* succeeded at .*)$", said, re.MULTILINE)
             before, files = files, _read_files(tree)
-            changed = sorted(path for path in {*before, *files} if before.get(path) != files.get(path))
-            # files in a wheel have no modes: a change of one would be in the record and do nothing
-            refused = re.findall(r"^ (mode change .*|create mode (?!100644).*)$", said, re.MULTILINE)
-            refused += [f"change of {path}" for path in changed if not path.startswith(f"{PACKAGE}/") or _is_own(path)]
-            if refused or not changed:
-                allowed = f"a patch may add, edit, rename and remove upstream's files in {PACKAGE}/, not their modes"
-                raise PatchError(f"{patch.name}: {', '.join(refused) or 'no change'}: {allowed}", patch.name)
+            faults += [f"{path} is not a file of upstream's package" for path in misplaced(files)]
+            if status == 0 and files == before:
+                faults.append("it changes nothing")
+            if status != 0 or faults:
+                raise PatchError(
+                    f"{patch.name} does not apply to {release} as it is:\n{_indent(faults)}\n"
+                    "Refresh the patch: patches/README.md says how."
+                )
     return files
 
 
@@ -253,91 +220,8 @@ def _read_files(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
-def _is_own(path: str) -> bool:
-    return path == f"{OWN_MODULE}.py" or path.startswith(f"{OWN_MODULE}/")
-
-
-def _short(path: Path) -> str:
-    """A path as a reader of the repository knows it, without where the checkout happens to lie."""
-    return "/".join(path.parts[-3:])
-
-
 def _indent(lines: Iterable[str]) -> str:
     return "\n".join(f"  {line}" for line in lines)
-
-
-# the metadata and the record
-
-
-def metadata_differences(upstream: str, own: str) -> list[str]:
-    """What must change in pyproject.toml to follow upstream, one message each. Both are texts of METADATA."""
-    theirs, ours = HeaderParser().parsestr(upstream), HeaderParser().parsestr(own)
-    messages = []
-
-    version = theirs["Version"]
-    if not re.fullmatch(rf"{re.escape(version)}\+xpos\.[1-9]\d*", ours["Version"]):
-        messages.append(f'version is "{ours["Version"]}", write "{version}+xpos.1", or a later +xpos.<n>')
-    python, own_python = theirs["Requires-Python"] or "", ours["Requires-Python"] or ""
-    if SpecifierSet(python) != SpecifierSet(own_python):
-        advice = f'write "{python}"' if python else "and upstream has none: remove it"
-        messages.append(f'requires-python is "{own_python}", {advice}')
-
-    required, own_required = (
-        {_normalized(line) for line in metadata.get_all("Requires-Dist", [])} for metadata in (theirs, ours)
-    )
-    messages += [f"upstream's requirement is missing: {line}" for line in sorted(required - own_required)]
-    # the fork may add extras
-    added = [line for line in sorted(own_required - required) if "extra ==" not in line]
-    return [*messages, *(f"a requirement is not upstream's: {line}" for line in added)]
-
-
-def _normalized(line: str) -> str:
-    requirement = Requirement(line)
-    requirement.name = canonicalize_name(requirement.name)
-    return str(requirement)
-
-
-def make_record(
-    version: str, line: str, release: Release, patches: Iterable[Patch], files: Mapping[str, bytes]
-) -> provenance.Record:
-    return provenance.Record(
-        version=version,
-        upstream_name=release.name,
-        upstream_version=release.version,
-        upstream_sha256=release.sha256,
-        line=line,
-        patches=tuple(
-            provenance.AppliedPatch(patch.name, provenance.sha256(patch.content), patch.subject) for patch in patches
-        ),
-        files={path: provenance.sha256(content) for path, content in sorted(files.items())},
-    )
-
-
-def verify_carried(root: Path, line_dir: Path, version: str) -> provenance.Record:
-    """Check the patched files that an unpacked sdist carries, and its patches, against its record."""
-    record = provenance.read_record(root / PACKAGE)
-    if record is None:
-        raise BuildError(f"this sdist lacks {provenance.RECORD_PATH}: get a complete one, or build from a checkout")
-    problems = [
-        f"{path} {'was modified' if (root / path).exists() else 'is missing'}"
-        for path in provenance.modified_files(root / PACKAGE)
-    ]
-    modules = sorted(path.relative_to(root).as_posix() for path in (root / PACKAGE).rglob("*.py"))
-    problems += [f"{path} was added" for path in modules if path not in record.files and not _is_own(path)]
-    patches = [(patch.name, provenance.sha256(patch.content)) for patch in read_patches(line_dir)]
-    if patches != [(patch.name, patch.sha256) for patch in record.patches]:
-        problems.append(f"the patches in patches/{line_dir.name}/ are not those of the record")
-    pin = (line_dir / "upstream.txt").read_text(encoding="utf-8")
-    if f"{record.upstream_name}=={record.upstream_version} " not in pin or record.upstream_sha256 not in pin:
-        problems.append(f"patches/{line_dir.name}/upstream.txt pins another release than the record's")
-    if record.version != version:
-        problems.append(f"pyproject.toml has version {version}, the record {record.version}")
-    if problems:
-        raise BuildError(
-            f"this sdist does not match its own record, {provenance.RECORD_PATH}:\n{_indent(problems)}\n"
-            "Unpack the sdist afresh to build what was published; make changes in a checkout, as a patch."
-        )
-    return record
 
 
 # the hook
@@ -375,17 +259,24 @@ class PatchedReleaseHook(BuildHookInterface[Any]):
         line_dir = CHECKOUT / line
 
         if (root / "PKG-INFO").is_file():
-            record = verify_carried(root, line_dir, self.metadata.version)
-            included = {path: root / path for path in (*record.files, provenance.RECORD_PATH)}
+            # an sdist, which carries what was built
+            carried = provenance.read_record(root / PACKAGE)
+            if carried is None:
+                raise BuildError(f"this sdist lacks {provenance.RECORD_PATH}: unpack it afresh")
+            included = {path: root / path for path in (*carried.files, provenance.RECORD_PATH)}
         else:
             patches = read_patches(line_dir)
             release = fetch_release(line_dir / "upstream.txt")
-            metadata = self.build_config.core_metadata_constructor(self.metadata)
-            differences = metadata_differences(release.metadata, metadata)
-            if differences:
-                raise BuildError(f"pyproject.toml does not follow {release}:\n{_indent(differences)}")
-            files = apply_series(release.files, patches, release=release)
-            record = make_record(self.metadata.version, line_dir.name, release, patches, files)
+            files = apply_series(release.files, patches, release)
+            record = provenance.Record(
+                version=self.metadata.version,
+                upstream_name=release.name,
+                upstream_version=release.version,
+                upstream_sha256=release.sha256,
+                line=line_dir.name,
+                patches=tuple(provenance.AppliedPatch(name, provenance.sha256(patch)) for name, patch in patches),
+                files={path: provenance.sha256(content) for path, content in sorted(files.items())},
+            )
             files[provenance.RECORD_PATH] = record.to_json().encode()
             if self.target_name == "sdist" and root != CHECKOUT:
                 # in an sdist this file is beside it

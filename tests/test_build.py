@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import resource
+import re
 import shutil
-import signal
 import stat
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from email.message import Message
+from email.parser import HeaderParser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,10 +41,9 @@ from packaging_support import (
     snapshot,
 )
 
-DPO, XVAL, MAIN = (f"x_transformers/{name}.py" for name in ("dpo", "xval", "x_transformers"))
+DPO, XVAL = "x_transformers/dpo.py", "x_transformers/xval.py"
 RECORD = provenance.RECORD_PATH
 HOOKS = ("build_wheel", "build_sdist")
-VERSIONS = {LINE: "2.31.10+xpos.1", BACKPORT: "1.27.5+xpos.1"}
 PINNED = "x-transformers==2.31.10"
 
 
@@ -112,7 +112,6 @@ def test_wheel_is_the_patched_release_and_the_own_module_with_a_record_of_both(l
     own = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in beside}
     assert content.pop(RECORD)
     assert content == {**expected, **own}
-    assert {path for path in expected if expected[path] != line.release.files[path]} == {MAIN}
     # the tests run on the same, and as upstream made it where the series is empty
     assert snapshot(patched_tree(line.folder)) == snapshot(tmp_path)
     pristine = snapshot(pristine_tree(line.folder))
@@ -120,13 +119,11 @@ def test_wheel_is_the_patched_release_and_the_own_module_with_a_record_of_both(l
 
     record = provenance.read_record(package)
     assert record is not None
-    assert (record.version, record.line) == (VERSIONS[line.folder], line.folder.name)
-    assert f"{record.upstream_name}=={record.upstream_version}" == str(line.release)
-    assert record.upstream_sha256 in (ROOT / line.folder / "upstream.txt").read_text(encoding="utf-8")
+    pin = f"{record.upstream_name}=={record.upstream_version} --hash=sha256:{record.upstream_sha256}\n"
+    assert (ROOT / line.folder / "upstream.txt").read_text(encoding="utf-8") == pin
+    assert record.line == line.folder.name
     hashes = [(patch.name, hashlib.sha256(patch.content).hexdigest()) for patch in patches]
     assert [(applied.name, applied.sha256) for applied in record.patches] == hashes
-    for applied, patch in zip(record.patches, patches):
-        assert f"] {applied.subject}\n".encode() in patch.content.replace(b"\n ", b" ")
     assert set(record.files) == set(line.release.files)
 
     assert line.wheel.name == f"x_transformers-{record.version}-py3-none-any.whl"
@@ -135,8 +132,31 @@ def test_wheel_is_the_patched_release_and_the_own_module_with_a_record_of_both(l
 
     assert provenance.modified_files(package) == ()
     (package / "attend.py").write_bytes(b"# edited\n")
-    (package / "x_transformers.py").unlink()
-    assert provenance.modified_files(package) == ("x_transformers/attend.py", MAIN)
+    (package / "xl_autoregressive_wrapper.py").unlink()
+    names = [f"x_transformers/{name}.py" for name in ("attend", "xl_autoregressive_wrapper")]
+    assert [*provenance.modified_files(package)] == names
+
+
+def metadata(wheel: Path) -> tuple[Message, dict[str, set[str]]]:
+    """The metadata of a wheel, and the requirements in it by their extra."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        headers = HeaderParser().parsestr(archive.read(name).decode())
+    requirements: dict[str, set[str]] = {}
+    for line in headers.get_all("Requires-Dist", []):
+        requirement, _, extra = line.partition(" extra == ")
+        requirements.setdefault(extra.strip("'"), set()).add(requirement.rstrip(";").replace(" ", ""))
+    return headers, requirements
+
+
+def test_what_is_required_is_what_upstream_requires(line: Line) -> None:
+    (wheel,) = line.wheelhouse.glob("*.whl")
+    (theirs, required), (ours, own) = metadata(wheel), metadata(line.wheel)
+    assert re.fullmatch(rf"{re.escape(theirs['Version'])}\+xpos\.[1-9]\d*", ours["Version"])
+    assert ours["Requires-Python"] == theirs["Requires-Python"]
+    # there are more extras, and more in that of the tests, which need a newer pytest
+    required.pop("test", None)
+    assert {extra: own.get(extra) for extra in required} == required
 
 
 def test_an_sdist_builds_the_same_without_network_or_git(line: Line, tmp_path: Path) -> None:
@@ -263,39 +283,18 @@ def test_a_tree_that_cannot_be_written_to(default: Line, project: Path, tmp_path
     default.check(project, tmp_path / "out", offline(default.wheelhouse), no_longer_as_root)
 
 
-def failed(
-    hook: str, project: Path, environment: dict[str, str], tmp_path: Path, before: Callable[[], object] | None = None
-) -> str:
-    """What a build says that must fail, without a result, a leftover or a change."""
+def refused(hook: str, project: Path, environment: dict[str, str], tmp_path: Path) -> str:
+    """The one message of a build that must fail, without a result, a leftover or a change."""
     files, out, temporary = snapshot(project), tmp_path / "refused", tmp_path / "temporary"
     temporary.mkdir(exist_ok=True)
-    result = call_backend(hook, project, out, {**environment, "TMPDIR": str(temporary)}, before)
+    result = call_backend(hook, project, out, {**environment, "TMPDIR": str(temporary)})
     assert result.returncode != 0
-    assert not [path for path in out.iterdir() if path.suffix in (".whl", ".gz")]
-    assert not list(temporary.iterdir())
+    assert [*out.iterdir(), *temporary.iterdir()] == []
     assert snapshot(project) == files
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().startswith("error: ")
+    assert result.stderr.count("\nerror: ") == 1
     return result.stderr
-
-
-def refused(hook: str, project: Path, environment: dict[str, str], tmp_path: Path) -> str:
-    """The same, where it has one message for it."""
-    said = failed(hook, project, environment, tmp_path)
-    assert "Traceback" not in said
-    assert said.strip().startswith("error: ")
-    assert said.count("\nerror: ") == 1
-    return said
-
-
-# it fails while pip downloads, or in the middle of the archive
-@pytest.mark.parametrize(("room", "hook"), [(20_000, HOOKS[0]), (150_000, HOOKS[0]), (150_000, HOOKS[1])])
-def test_a_disk_that_is_full(hook: str, room: int, default: Line, project: Path, tmp_path: Path) -> None:
-    """A limit on the size of a file stands for it."""
-
-    def no_room() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-    assert failed(hook, project, offline(default.wheelhouse, PYTHONDONTWRITEBYTECODE="1"), tmp_path, no_room)
 
 
 def test_an_editable_install_is_refused_with_what_to_do_instead(line: Line, project: Path, tmp_path: Path) -> None:
@@ -311,10 +310,9 @@ EDITS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
     "hash": ("upstream.txt", HASH, f"sha256:{'0' * 64}", ("DO NOT MATCH THE HASHES", "0" * 64)),
     "no hash": ("upstream.txt", rf"\s+--hash={HASH}", "", ("Hashes are required",)),
     "two": ("upstream.txt", r"\Z", f"einops==0.8.0 --hash=sha256:{'0' * 64}\n", ("the one upstream release",)),
-    "series": ("series", r"\A", "# a comment\n\na.patch\n", ("series, line 3", "a.patch does not exist")),
+    "series": ("series", r"\A", "# a comment\n\na.patch\n", ("2.x/series names a.patch, which does not exist",)),
+    "patch": ("series", r"0001-.*\n", "", (f"0002-.* does not apply to {PINNED} as it is:", "Rejected hunk #5")),
     "no line": ("pyproject.toml", '"patches/2.x"', '"patches/3.x"', ("must name a folder of patches", "3.x")),
-    "version": ("pyproject.toml", r'\nversion = "', '\nversion = "9.', ('write "2.31.10+xpos.1"',)),
-    "dependency": ("pyproject.toml", '"einops[^"]*"', '"einops>=0.1"', ("missing: einops>=0.8.0", "not upstream's")),
     "no index": ("PIP_FIND_LINKS", "", "", (f"No matching distribution found for {PINNED}", WAY_OUT)),
     "no git": ("PATH", "", "/nowhere", ("git is not on PATH", WAY_OUT)),
 }
@@ -331,10 +329,10 @@ def test_a_checkout_or_an_environment_that_does_not_fit(
     else:
         environment[name] = replacement
     said = refused("build_wheel", project, environment, tmp_path)
-    assert [message for message in messages if message not in said] == []
+    assert [message for message in messages if not re.search(message, said)] == []
 
 
-@pytest.mark.parametrize("name", ["surprise/__init__.py", "x_transformers/xpos/__init__.py", "x_transformers/xpos.py"])
+@pytest.mark.parametrize("name", ["surprise/__init__.py", "x_transformers/xpos/__init__.py"])
 def test_a_release_with_files_that_the_build_has_no_place_for(name: str, default: Line, tmp_path: Path) -> None:
     (wheel,) = default.wheelhouse.glob("*.whl")
     shutil.copyfile(wheel, tmp_path / wheel.name)
@@ -352,24 +350,6 @@ def test_an_interpreter_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         hatch_build.fetch_release(ROOT / LINE / "upstream.txt")
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-def test_a_tampered_sdist(hook: str, line: Line, tmp_path: Path) -> None:
-    unpacked = line.unpack(tmp_path)
-    patch = line.folder / hatch_build.read_series(ROOT / line.folder)[0]
-    for path in (Path("x_transformers/attend.py"), Path("x_transformers/surprise.py"), patch):
-        with (unpacked / path).open("a", encoding="utf-8") as file:
-            file.write("# edited\n")
-    (unpacked / MAIN).unlink()
-    edit(unpacked / line.folder / "upstream.txt", HASH, f"sha256:{'0' * 64}")
-    edit(unpacked / "pyproject.toml", r"\+xpos\.\d+", "+xpos.99")
-
-    said = refused(hook, unpacked, clean_environment(PIP_NO_INDEX="1"), tmp_path)
-    messages = ["x_transformers/attend.py was modified", f"{MAIN} is missing", "x_transformers/surprise.py was added"]
-    messages += [f"the patches in patches/{line.folder.name}/ are not those of the record", "+xpos.99, the record"]
-    messages += ["upstream.txt pins another release than the record's"]
-    assert [message for message in messages if message not in said] == []
-
-
 def test_an_sdist_without_its_record(default: Line, tmp_path: Path) -> None:
     unpacked, environment = default.unpack(tmp_path), clean_environment(PIP_NO_INDEX="1")
     (unpacked / RECORD).write_text("{}", encoding="utf-8")
@@ -381,115 +361,49 @@ def test_an_sdist_without_its_record(default: Line, tmp_path: Path) -> None:
 # the series and the patches
 
 
-@pytest.mark.parametrize(
-    ("series", "message"),
-    [
-        (b"a.patch\na.patch\n", "line 2: a.patch is named twice"),
-        (b"a.patch b.patch\n", "line 1: one file name a line"),
-        (b"a.patch -R\n", "line 1: one file name a line"),
-        (b"../2.x/a.patch\n", "line 1: .* does not exist"),
-        (b"# first\n\nb.patch\na.patch -p1 # second\n", None),
-    ],
-)
-def test_series_is_in_quilts_format(series: bytes, message: str | None, tmp_path: Path) -> None:
+def test_series_is_in_quilts_format(tmp_path: Path) -> None:
     for name in ("b.patch", "a.patch", "not-in-the-series.patch"):
         (tmp_path / name).touch()
-    (tmp_path / "series").write_bytes(series)
-    if message is None:
-        assert hatch_build.read_series(tmp_path) == ("b.patch", "a.patch")
-    else:
-        with pytest.raises(hatch_build.BuildError, match=message):
-            hatch_build.read_series(tmp_path)
+    (tmp_path / "series").write_text("# first\n\nb.patch\n a.patch # second\n", encoding="utf-8")
+    assert hatch_build.read_series(tmp_path) == ("b.patch", "a.patch")
 
 
-def test_a_patch_that_does_not_apply(default: Line) -> None:
+def test_a_patch_that_does_not_apply_or_only_at_other_lines(default: Line) -> None:
     old = default.release.files[DPO]
     last = old.splitlines(keepends=True)[-1]
-    foreign = old.replace(last, b"# not upstream's\n" + last)
+    foreign, moved = old.replace(last, b"# not upstream's\n" + last), b"# moved\n# moved\n" + old
     good = make_patch(XVAL, default.release.files[XVAL], b"# new\n" + default.release.files[XVAL])
-    bad = make_patch(DPO, foreign, b"# new\n" + foreign.replace(last, last + b"# more\n"))
-    patches = [hatch_build.Patch("0001-good.patch", good), hatch_build.Patch("0002-bad.patch", bad)]
-    with pytest.raises(hatch_build.PatchError, match=f"0002-bad.patch does not apply to {PINNED}:\n") as caught:
-        hatch_build.apply_series(default.release.files, patches, release=default.release)
-    assert caught.value.patch == "0002-bad.patch"
-    (hunk,) = caught.value.hunks
-    assert hunk.startswith(f"{DPO}: hunk 2, at line ")
-    assert f"  {hunk}\nRefresh the patch: patches/README.md says how." in str(caught.value)
+    for bad, message in [
+        (make_patch(DPO, foreign, b"# new\n" + foreign.replace(last, last + b"# more\n")), "Rejected hunk #2"),
+        (make_patch(DPO, moved, moved + b"# new\n"), r"Hunk #1 succeeded at \d+ \(offset -2 lines\)"),
+    ]:
+        patches = [hatch_build.Patch("0001-good.patch", good), hatch_build.Patch("0002-bad.patch", bad)]
+        with pytest.raises(hatch_build.PatchError, match=rf"(?s)^0002-bad.patch does not apply to .*  {message}"):
+            hatch_build.apply_series(default.release.files, patches)
 
 
-def test_a_patch_that_applies_only_with_an_offset(default: Line) -> None:
-    old = default.release.files[DPO]
-    moved = b"# moved\n# moved\n" + old
-    patches = [hatch_build.Patch("0001-moved.patch", make_patch(DPO, moved, moved + b"# new\n"))]
-    with pytest.raises(hatch_build.PatchError, match=r"only at other lines than it says:\n +Hunk #1 .*offset -2 lines"):
-        hatch_build.apply_series(default.release.files, patches)
-    assert hatch_build.apply_series(default.release.files, patches, allow_offsets=True)[DPO] == old + b"# new\n"
-
-
-ADDED = make_patch("x_transformers/a.py", None, b"a\n")
 MODE = f"diff --git a/{DPO} b/{DPO}\nold mode 100644\nnew mode 100755\n".encode()
 
 
 @pytest.mark.parametrize(
     ("patch", "message"),
     [
-        (b"no patch at all\n", "does not apply"),
-        (b"", "does not apply"),
-        (make_patch("setup.py", None, b"a\n"), "change of setup.py: .* in x_transformers/, not"),
-        (make_patch("x_transformers/../setup.py", None, b"a\n"), "invalid path"),
-        (make_patch("../setup.py", None, b"a\n"), "invalid path"),
-        (make_patch("x_transformers/xpos/check.py", None, b"a\n"), "change of x_transformers/xpos/check.py"),
+        (b"no patch at all\n", "error: "),
+        (b"", "error: "),
+        (make_patch("setup.py", None, b"a\n"), "setup.py is not a file of upstream's package"),
+        (make_patch("../setup.py", None, b"a\n"), "error: invalid path"),
+        (make_patch("x_transformers/xpos/check.py", None, b"a\n"), "x_transformers/xpos/check.py is not a file of"),
         (make_patch("x_transformers/lacking.py", b"a\n", b"b\n"), "x_transformers/lacking.py: No such file"),
-        (MODE, "mode change 100644 => 100755 x_transformers/dpo.py: a patch may add, edit, rename and remove"),
-        (ADDED + MODE, "mode change 100644 => 100755 x_transformers/dpo.py: "),
-        (ADDED.replace(b"100644", b"100755"), "create mode 100755 x_transformers/a.py: "),
-        (f"diff --git a/{DPO} b/{DPO}\nrename from {DPO}\nrename to {DPO}\n".encode(), "no change: "),
+        (MODE, "it changes nothing"),
     ],
 )
 def test_a_patch_that_is_none_or_reaches_elsewhere(patch: bytes, message: str, default: Line) -> None:
-    with pytest.raises(hatch_build.PatchError, match=rf"(?s)0001-a.patch.* {message}"):
+    with pytest.raises(hatch_build.PatchError, match=rf"(?s)0001-a.patch does not apply to .*  .*{message}"):
         hatch_build.apply_series(default.release.files, [hatch_build.Patch("0001-a.patch", patch)])
 
 
-def test_a_patch_that_removes_or_renames_a_file(default: Line) -> None:
+def test_a_patch_that_adds_or_removes_a_file(default: Line) -> None:
     new = "x_transformers/b.py"
-    rename = f"diff --git a/{DPO} b/{new}\nsimilarity index 100%\nrename from {DPO}\nrename to {new}\n"
-    patches = [
-        hatch_build.Patch("0001-remove.patch", make_patch(XVAL, default.release.files[XVAL], None)),
-        hatch_build.Patch("0002-rename.patch", rename.encode()),
-    ]
-    files = hatch_build.apply_series(default.release.files, patches)
-    assert default.release.files.keys() - files.keys() == {DPO, XVAL}
-    assert files[new] == default.release.files[DPO]
-
-
-# the metadata
-
-
-WRITE = f'write "{PINNED.partition("==")[2]}+xpos.1", or a later +xpos.<n>'
-VERSION = VERSIONS[LINE]
-NOT_FOLLOWING = ("2.31.10", "2.31.10+xpos", "2.31.10+xpos.0", "2.31.10.0+xpos.1", "2.32+xpos.1", f"{VERSION}.dev1")
-MISSING, NOT_THEIRS = "upstream's requirement is missing: ", "a requirement is not upstream's: "
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "messages"),
-    [
-        (VERSION, "2.31.10+xpos.12", []),
-        ("flash-attn>=2.0; extra == 'flash-pack-seq'", 'Flash_attn >= 2.0; extra == "flash_pack_seq"', []),
-        *((VERSION, version, [f'version is "{version}", {WRITE}']) for version in NOT_FOLLOWING),
-        ("Python: >=3.9", "Python: >=3.10", ['requires-python is ">=3.10", write ">=3.9"']),
-        ("einops>=", "numpy>=", [f"{MISSING}einops>=0.8.0", f"{NOT_THEIRS}numpy>=0.8.0"]),
-        ("lion-pytorch", "lion", [f'{MISSING}lion-pytorch; extra == "examples"']),
-    ],
-)
-def test_metadata_that_differs_from_upstreams(old: str, new: str, messages: list[str], default: Line) -> None:
-    with zipfile.ZipFile(default.wheel) as archive:
-        ours = archive.read(f"x_transformers-{VERSION}.dist-info/METADATA").decode().partition("\n\n")[0]
-    theirs = default.release.metadata
-    assert hatch_build.metadata_differences(theirs, ours.replace(old, new)) == messages
-    # and a Python version is not invented
-    python = 'requires-python is ">=3.9", and upstream has none: remove it'
-    if not messages:
-        theirs = theirs.replace("Requires-Python: >=3.9\n", "")
-        assert hatch_build.metadata_differences(theirs, ours) == [python]
+    patch = make_patch(new, None, b"b\n") + make_patch(XVAL, default.release.files[XVAL], None)
+    files = hatch_build.apply_series(default.release.files, [hatch_build.Patch("0001-a.patch", patch)])
+    assert files == {**{path: code for path, code in default.release.files.items() if path != XVAL}, new: b"b\n"}

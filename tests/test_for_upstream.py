@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging_support import LINE, PARTS, ROOT, hatch_build, pristine_tree, tree_up_to
+from packaging_support import LINE, PARTS, ROOT, built_tree, hatch_build, pristine_tree, tree_up_to
 from pristine import pristine_imports
 from test_patches import TESTS_PATCHES
 from test_regressions import run
@@ -42,6 +42,15 @@ def test_tests_of_a_pull_request_fail_without_it_and_pass_with_it(part: str, tmp
     failed = [*without.values()].count(False)
     # a cache is a value before it is appended to, and has to stay one
     assert f"All {failed} fail without" in message or f"{failed} of these {failed + 1} fail" in message
+
+
+def test_the_first_patch_alone_gives_one_center_to_each_row_of_queries(tmp_path: Path) -> None:
+    assert hatch_build.git_apply(TESTS_PATCHES["A"].read_bytes(), tmp_path, "--apply") == (0, "")
+    first = built_tree(LINE, hatch_build.read_series(ROOT / LINE)[:1])
+    without, alone = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in (pristine_tree(), first))
+
+    ended = {name.partition("::test_xpos_")[2] for name in alone if alone[name] > without[name]}
+    assert ended == {"decoding_on_a_long_context", "rows_with_their_own_positions"}
 
 
 # the code of each reproduction in the texts of the pull requests, and what stays as it is for the text itself

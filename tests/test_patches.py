@@ -34,9 +34,9 @@ each_line = pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 def message(patch: Path) -> tuple[str, str]:
     """The subject and the reason, what comes before the diff."""
     content = patch.read_bytes()
-    body = email.message_from_bytes(content, policy=email.policy.default).get_content()
-    subject = hatch_build.Patch(patch.name, content).subject
-    return subject, re.split(r"^(?:---|diff --git .*)\n", body, flags=re.MULTILINE)[0]
+    mail = email.message_from_bytes(content, policy=email.policy.default)
+    subject = re.sub(r"^\[PATCH[^]]*\]\s*", "", " ".join(mail["Subject"].split()))
+    return subject, re.split(r"^(?:---|diff --git .*)\n", mail.get_content(), flags=re.MULTILINE)[0]
 
 
 def changed(patches: Iterable[Path], signs: str = "+") -> list[str]:

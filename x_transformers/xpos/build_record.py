@@ -27,7 +27,6 @@ class FormatError(ValueError):
 class AppliedPatch:
     name: str
     sha256: str
-    subject: str
 
 
 @dataclass(frozen=True)
