@@ -94,8 +94,8 @@ INSTEAD: dict[str, tuple[str, ...]] = {
     "pytest tests/test_cuda.py": (),
     "pytest -m slow --ignore=tests/test_mutations.py": (),
     # in a short form
-    "python patches/try_release.py latest": ("python patches/try_release.py latest --no-properties",),
-    "python patches/try_release.py --newest 3 --write": ("python patches/try_release.py --newest 2 --no-properties",),
+    "python patches/try_release.py": ("python patches/try_release.py --no-properties",),
+    "python patches/try_release.py --newest 10": ("python patches/try_release.py --newest 2 --no-properties",),
     "python benchmarks/speed.py": (
         "python benchmarks/speed.py prefill train decode rotation --lengths 16 --seconds 0",
     ),

@@ -98,6 +98,20 @@ def each(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return {key: change(t) for key, t in inputs.items()} if isinstance(inputs, dict) else change(inputs)
 
 
+def in_chunks(model: nn.Module, inputs: Any, size: int, **same_for_all: Any) -> Tensor:
+    """As the messages say."""
+    length = tensors(inputs)[0].shape[1]
+    returned = "return_hiddens" if isinstance(model, Decoder) else "return_intermediates"
+    found, cache = [], None
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        chunk = dict(cache=cache, input_not_include_cache=True, cache_age=stop - start)
+        part = each(inputs, itemgetter((slice(None), slice(start, stop))))
+        out, cache = model(part, **chunk, **same_for_all, **{returned: True})
+        found.append(tensors(out)[0])
+    return torch.cat(found, dim=1)
+
+
 def in_float64(inputs: Any) -> Any:
     return each(inputs, lambda t: t.double() if t.is_floating_point() else t)
 
@@ -214,20 +228,12 @@ def test_more_queries_than_the_range_has_room_for_and_chunks(name: str) -> None:
         # its decoder takes chunks
         context = dict(context=model.encoder(tokens(9), return_embeddings=True))
         model, data = model.decoder.net, tokens
-    returned = "return_hiddens" if name == "Decoder" else "return_intermediates"
-    inputs, found, cache = data(LENGTH), [], None
-
-    for start in range(0, LENGTH, LIMIT // 4):
-        stop = min(start + LIMIT // 4, LENGTH)
-        chunk = dict(cache=cache, input_not_include_cache=True, cache_age=stop - start)
-        out, cache = model(
-            each(inputs, itemgetter((slice(None), slice(start, stop)))), **chunk, **context, **{returned: True}
-        )
-        found.append(tensors(out)[0])
+    inputs = data(LENGTH)
+    found = in_chunks(model, inputs, LIMIT // 4, **context)
 
     # in float64 all of them fit into one call
     exact = run(model.double(), in_float64(inputs), **in_float64(context))
-    torch.testing.assert_close(torch.cat(found, dim=1).double(), tensors(exact)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.double(), tensors(exact)[0], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -274,17 +280,25 @@ def test_a_cache_that_does_not_fit_the_prompts(
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "TransformerWrapper"])
+@torch.no_grad()
 def test_prefill_names_what_to_pass(name: str) -> None:
     model, _ = build(name, rotary_xpos=True)
-    number = 2 if name == "XTransformer" else 0
-    message = (
-        f"model is a {name} with {number} TransformerWrappers in it: pass the one to prefill. Of a Decoder alone, "
-        "call it for each chunk yourself, with the cache of the last call"
+    advice = (
+        "call its Decoder for each chunk yourself, with the cache of the last call, cache_age the length of the chunk, "
+        "and input_not_include_cache = True"
     )
-    with pytest.raises(ValueError, match=re.escape(message)):
+    if name == "XTransformer":
+        advice = "pass the one to prefill"
+    number = 2 if name == "XTransformer" else 0
+    message = f"model is a {name} with {number} TransformerWrappers in it: {advice}"
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
         prefill(model, tokens(20), 7)
+
     if name == "XTransformer":
         context = model.encoder(tokens(9), return_embeddings=True)
-        logits, _ = prefill(model.decoder.eval(), tokens(20), 7, context=context)
+        found, _ = prefill(model.decoder.eval(), tokens(20), 7, context=context)
         expected = model.decoder.net(tokens(20), context=context)
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    else:
+        decoder = next(module for module in model.modules() if isinstance(module, Decoder))
+        found, expected = in_chunks(decoder, hidden(20), 7), decoder(hidden(20))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -18,6 +18,9 @@ SAME_FOR_ALL = (
     *("return_embeddings", "token_emb_kwargs", "to_logits_kwargs"),
 )
 
+# what a call for a chunk takes
+CHUNK = "with the cache of the last call, cache_age the length of the chunk, and input_not_include_cache = True"
+
 
 @torch.no_grad()
 def prefill(
@@ -95,8 +98,8 @@ def _refuse(net: nn.Module, tokens: object, chunk_size: object, same_for_all: di
     wrappers = [module for module in net.modules() if isinstance(module, TransformerWrapper)]
     if len(wrappers) != 1:
         raise ValueError(
-            f"model is a {type(net).__name__} with {len(wrappers)} TransformerWrappers in it: pass the one to prefill. "
-            "Of a Decoder alone, call it for each chunk yourself, with the cache of the last call"
+            f"model is a {type(net).__name__} with {len(wrappers)} TransformerWrappers in it: "
+            + ("pass the one to prefill" if wrappers else f"call its Decoder for each chunk yourself, {CHUNK}")
         )
     (wrapper,) = wrappers
     if not isinstance(tokens, Tensor):
@@ -118,8 +121,7 @@ def _refuse(net: nn.Module, tokens: object, chunk_size: object, same_for_all: di
     if others := sorted({*same_for_all} - {*SAME_FOR_ALL}):
         raise ValueError(
             f"{', '.join(others)}: prefill takes {', '.join(SAME_FOR_ALL)}, which are the same for every chunk. For "
-            "anything else call the model for each chunk yourself, with cache, cache_age and "
-            "input_not_include_cache = True"
+            f"anything else call the model for each chunk yourself, {CHUNK}"
         )
     reason = "it is not causal" if not wrapper.attn_layers.causal else why_no_cache(wrapper)
     if getattr(wrapper, "looped", False) and chunk_size > 1:
