@@ -156,6 +156,8 @@ def test_commands(document: str, reader: Path) -> None:
     scripts = [reader.parent / "venv" / "bin", Path(sys.executable).parent]
     variables = clean_environment(VIRTUAL_ENV=str(scripts[0].parent), TMPDIR=str(reader.parent), **IDENTITY)
     variables["PATH"] = os.pathsep.join([*map(str, scripts), os.environ["PATH"]])
+    # pip as the user has set it up, in files and in variables
+    del variables["PIP_CONFIG_FILE"]
     variables.update({name: value for name, value in os.environ.items() if name.startswith("PIP_")})
     script = ["bash", "-e", "-u", "-o", "pipefail", "-c", "\n".join(lines)]
     result = subprocess.run(script, cwd=reader, env=variables, text=True, capture_output=True)

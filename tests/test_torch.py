@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from packaging_support import ROOT, clean_environment, patched_tree
+from packaging_support import ROOT, patched_tree
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,7 @@ def interpreter(version: str) -> str:
 @pytest.mark.parametrize(("version", "torch"), [OLDEST, NEWEST], ids=["oldest", "newest"])
 def test_properties_hold(version: str, torch: str) -> None:
     uv = Path(sys.executable).with_name("uv")
-    environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
 
     def run(*command: str | Path) -> str:
         result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
