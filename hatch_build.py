@@ -58,7 +58,7 @@ PIP_WHAT_TO_INSTALL = {
 
 NO_EDITABLE_INSTALL = (
     "there is no editable install: run `pip install .`, which takes seconds. Patches are edited in a git repository of "
-    "the release, as patches/README.md says, and tested there with `pytest --package=DIR`."
+    "the release, as docs/contributing.md says, and tested there with `pytest --package=DIR`."
 )
 
 
@@ -182,7 +182,7 @@ def apply_series(
             if status != 0 or faults:
                 raise PatchError(
                     f"{patch.name} does not apply to {release} as it is:\n{_indent(faults)}\n"
-                    "Refresh the patch: patches/README.md says how."
+                    "Refresh the patch: docs/contributing.md says how."
                 )
     return files
 

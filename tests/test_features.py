@@ -146,7 +146,7 @@ def test_the_limits_that_documents_name():
 @pytest.mark.regression("not refused")
 def test_a_scale_base_that_is_none_is_refused_when_the_model_is_built(scale_base):
     with pytest.raises(
-        AssertionError, match=re.escape(f"`rotary_xpos_scale_base` must be above 0, not {scale_base!r}")
+        AssertionError, match=re.escape(f"`rotary_xpos_scale_base` must be above 0 and finite, not {scale_base!r}")
     ):
         build(dict(scale_base_options(False), rotary_xpos_scale_base=scale_base), 0)
 

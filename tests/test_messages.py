@@ -126,11 +126,11 @@ EVERY = [*OF_LAYERS, "XTransformer", "FreeTransformer"]
 every_wrapper = pytest.mark.parametrize("name", EVERY)
 
 
-# bidirectional attention: "pass it to the decoder alone (`dec_rotary_xpos`, `dec_kwargs`)"
+# bidirectional attention: "pass it to a `Decoder` alone (`dec_rotary_xpos`, `dec_kwargs`)"
 
 TO_THE_DECODER = (
     "rotary xpos is not compatible with bidirectional attention - "
-    "pass it to the decoder alone (`dec_rotary_xpos`, `dec_kwargs`)"
+    "pass it to a `Decoder` alone (`dec_rotary_xpos`, `dec_kwargs`)"
 )
 
 
@@ -187,13 +187,13 @@ def test_l2_distance_to_a_context_with_positions(name: str) -> None:
     run(model, data(20), **context, context_pos=torch.arange(5))
 
 
-# the scale base: "must be above 0"
+# the scale base: "must be above 0 and finite"
 
 
 @every_wrapper
 @pytest.mark.parametrize("base", [0, -1.5, float("nan"), float("inf"), "512"])
 def test_a_scale_base_that_is_no_number_above_0(name: str, base: Any) -> None:
-    message = f"`rotary_xpos_scale_base` must be above 0, not {base!r}"
+    message = f"`rotary_xpos_scale_base` must be above 0 and finite, not {base!r}"
     with pytest.raises(AssertionError, match=re.escape(message)):
         build(name, rotary_xpos=True, rotary_xpos_scale_base=base)
     model, data = build(name, rotary_xpos=True, rotary_xpos_scale_base=512)
@@ -205,8 +205,8 @@ def test_a_scale_base_that_is_no_number_above_0(name: str, base: Any) -> None:
 TOO_MANY = (
     f"{LENGTH} queries in one call exceed the limit of {LIMIT} for rotary xpos in torch.float32 - "
     f"pass chunks of at most {LIMIT // 4} through the kv cache, with `input_not_include_cache = True` and `cache_age` "
-    "the length of the chunk, or increase `rotary_xpos_scale_base` - "
-    "`x_transformers.xpos.prefill` does the former, and `generate` takes its `cache`"
+    "their length, or train with a larger `rotary_xpos_scale_base` - "
+    "`x_transformers.xpos.prefill` passes chunks, and `generate` continues from its `cache`"
 )
 
 

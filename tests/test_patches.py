@@ -26,7 +26,7 @@ FILES = {
     LINE: {ONLY_FILE, "x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"},
 }
 # of what the parts add, in lines that are not blank and in characters
-MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_410), "C": (85, 5_060), "fork": (8, 600)}
+MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_413), "C": (85, 5_150), "fork": (8, 600)}
 
 each_line = pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 

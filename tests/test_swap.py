@@ -108,7 +108,7 @@ def test_models_without_xpos_are_bit_identical(positions: str, dtype: torch.dtyp
         out += [wrapper.generate(x, 3, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False)]
         # past the window, from within it and from beyond it, of one length or two
         lens = torch.tensor([9, 4])
-        for window in (4, 10):
+        for window in (4, 10) if positions != "none" else ():  # absolute positions end there
             wrapper.max_seq_len = window
             out += [wrapper.generate(x, 5, temperature=0.0, prompt_lens=each) for each in (None, lens)]
         wrapper.max_seq_len = model.max_seq_len
