@@ -27,6 +27,12 @@ LINE = Path("patches", "2.x")
 BACKPORT = Path("patches", "1.27.x")
 # the parts of the default line's series: three pull requests, each on top of the one before it, and the fork's own
 PARTS = ("A", "B", "C", "fork")
+# what the series change: one file, and single lines or an argument of two more in the default line
+ONLY_FILE = "x_transformers/x_transformers.py"
+FILES = {
+    BACKPORT: {ONLY_FILE},
+    LINE: {ONLY_FILE, "x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"},
+}
 
 _PROJECT = ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
 _DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")

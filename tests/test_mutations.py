@@ -10,34 +10,31 @@ import sys
 from pathlib import Path
 
 import pytest
-from packaging_support import ROOT, patched_tree, pristine_tree
+from packaging_support import FILES, LINE, ROOT, patched_tree, pristine_tree
 
-FILE = "x_transformers/x_transformers.py"
 # in the order in which they are likely to tell, cheap ones first
-NAMES = ("rotary", "features", "properties", "cache", "wrappers", "chunks", "survey", "compile")
-# undoing these brings back lines that are never reached
-SAME = {"        return freqs, 1.\n"}
+NAMES = ("rotary", "features", "properties", "cache", "wrappers", "chunks", "survey", "compile", "swap")
 
 pytestmark = pytest.mark.slow
 
 
 def undone() -> dict[str, list[str]]:
-    """The patched file with one block of changes undone, by the lines that the block has in it."""
-    old, new = (
-        (tree / FILE).read_text(encoding="utf-8").splitlines(True) for tree in (pristine_tree(), patched_tree())
-    )
+    """The patched files with one block of changes undone, by the file and the lines that the block has in it."""
     found = {}
-    for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        changed = "".join(old[start:end] + new[new_start:new_end]).strip()
-        if kind != "equal" and changed and "".join(new[new_start:new_end]) not in SAME:
-            found[f"{new_start + 1}-{new_end}"] = new[:new_start] + old[start:end] + new[new_end:]
+    for file in sorted(FILES[LINE]):
+        old, new = (
+            (tree / file).read_text(encoding="utf-8").splitlines(True) for tree in (pristine_tree(), patched_tree())
+        )
+        for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+            if kind != "equal" and "".join(old[start:end] + new[new_start:new_end]).strip():
+                found[f"{file}:{new_start + 1}-{new_end}"] = new[:new_start] + old[start:end] + new[new_end:]
     return found
 
 
-@pytest.mark.parametrize("lines", undone())
-def test_without_these_lines_a_test_fails(lines: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", undone())
+def test_without_these_lines_a_test_fails(place: str, tmp_path: Path) -> None:
     shutil.copytree(patched_tree() / "x_transformers", tmp_path / "x_transformers")
-    (tmp_path / FILE).write_text("".join(undone()[lines]), encoding="utf-8")
+    (tmp_path / place.partition(":")[0]).write_text("".join(undone()[place]), encoding="utf-8")
 
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider"]
     command += [f"--package={tmp_path}", *(f"tests/test_{name}.py" for name in NAMES)]

@@ -9,7 +9,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from packaging_support import BACKPORT, LINE, ROOT, git, hatch_build, make_repository, pristine_tree, series_part
+from packaging_support import (
+    BACKPORT,
+    FILES,
+    LINE,
+    ONLY_FILE,
+    ROOT,
+    git,
+    hatch_build,
+    make_repository,
+    pristine_tree,
+    series_part,
+)
 
 SERIES = {line: [ROOT / line / name for name in hatch_build.read_series(ROOT / line)] for line in (BACKPORT, LINE)}
 # one for each pull request, A, B and C
@@ -19,14 +30,8 @@ PATCHES = [*SERIES[BACKPORT], *SERIES[LINE]]
 # a backport is trusted at a glance, and what upstream's author reads once has lines no wider than those around it
 MOST_CHANGED_LINES = 45
 WIDE = 120
-ONLY_FILE = "x_transformers/x_transformers.py"
-# and single lines, or one argument, of two more in the default line
-FILES = {
-    BACKPORT: {ONLY_FILE},
-    LINE: {ONLY_FILE, "x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"},
-}
 # of what the parts add, in lines that are not blank and in characters
-MOST_ADDED = {"A": (40, 3_050), "B": (46, 3_413), "C": (85, 5_150), "fork": (8, 600)}
+MOST_ADDED = {"A": (40, 3_050), "B": (45, 3_390), "C": (85, 5_150), "fork": (8, 600)}
 
 each_line = pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 
