@@ -364,7 +364,8 @@ def test_generate_continues_from_a_cache(options, num_mem_kv, seed, prompt_len, 
     turn, cache = wrapper.generate(first, num_new, cache=None, **greedy)
     prompt = torch.cat((first, turn, tokens(seed + 1, 2, more)), dim=1)
     held = [t.clone() for t in keys_values(cache)]
-    expected, _ = wrapper.generate(prompt, num_new, **greedy)
+    wrapper.max_seq_len = prompt.shape[1]  # so that the window slides from the second token on
+    expected, _ = wrapper.generate(prompt, num_new, cache_kv=cache_kv, **greedy)
     for each in (cache, prefill_with_cache(model, prompt[:, :prompt_len], [prompt_len])[1]):
         generated, after = wrapper.generate(prompt, num_new, cache=each, cache_kv=cache_kv, **greedy)
         assert torch.equal(generated, expected)
