@@ -26,7 +26,9 @@ def undone() -> dict[str, list[str]]:
             (tree / file).read_text(encoding="utf-8").splitlines(True) for tree in (pristine_tree(), patched_tree())
         )
         for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-            if kind != "equal" and "".join(old[start:end] + new[new_start:new_end]).strip():
+            # of a comment alone no test can tell
+            changed = [line.strip() for line in old[start:end] + new[new_start:new_end]]
+            if kind != "equal" and any(line and not line.startswith("#") for line in changed):
                 found[f"{file}:{new_start + 1}-{new_end}"] = new[:new_start] + old[start:end] + new[new_end:]
     return found
 
