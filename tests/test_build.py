@@ -235,7 +235,7 @@ def test_same_bytes_with_pip_settings_that_are_meant_for_the_installation(
 @pytest.mark.parametrize(
     ("color", "selection"),
     [
-        pytest.param("FORCE_COLOR", "wheel_is_the_patched_release or written_to or git_am", id="some"),
+        pytest.param("FORCE_COLOR", "wheel_is_the_patched_release or written_to or git_am or not_exist", id="some"),
         pytest.param("NO_COLOR", "", id="all", marks=pytest.mark.slow),
     ],
 )
