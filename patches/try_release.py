@@ -26,7 +26,7 @@ LINE = ROOT / "patches" / "2.x"
 # those about what models answer; the others are about this repository, or about every option of the pinned release
 PROPERTIES = ("tests/test_properties.py", "tests/test_rotary.py", "tests/test_features.py")
 
-# nobody's settings of git, and no colours; an index is the user's, a constraint may be about this very package
+# nobody's settings of git, no colours, and no constraint, which may be about this very package; an index is the user's
 LEFT_OUT = ("GIT_", "PIP_CONSTRAINT", "FORCE_COLOR")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
 ENVIRONMENT.update(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", LC_ALL="C", HYPOTHESIS_PROFILE="quick")

@@ -126,6 +126,7 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
     """What the hook builds from these patches of a line; in pytest's cache until one of its inputs changes."""
     patches = {name: (ROOT / line / name).read_bytes() for name in series}
     inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]
+    inputs.append(ROOT / "README.md")  # which is part of the metadata
     inputs += sorted((ROOT / "x_transformers" / "xpos").rglob("*.py"))
     content = b"".join([*(path.name.encode() + path.read_bytes() for path in inputs), *patches.values()])
     cache = ROOT / ".pytest_cache" / "trees"
