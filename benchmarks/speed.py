@@ -31,9 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
 
-from packaging_support import pristine_tree
+from trees import pristine_tree
 
 DIM, DEPTH, HEADS, DIM_HEAD, ROTARY_DIM = 512, 6, 8, 64, 32
 POSITIONS = {"none": {}, "rotary": {"rotary_pos_emb": True}, "xpos": {"rotary_xpos": True}}

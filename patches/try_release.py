@@ -24,7 +24,7 @@ from hatch_build import BuildError, Release, fetch_release, load_release, read_s
 
 LINE = ROOT / "patches" / "2.x"
 # those about what models answer; the others are about this repository, or about every option of the pinned release
-PROPERTIES = ("tests/test_properties.py", "tests/test_rotary.py", "tests/test_features.py")
+PROPERTIES = ("tests/xpos/test_properties.py", "tests/xpos/test_scores.py", "tests/xpos/test_features.py")
 
 # nobody's settings of git, no colours, and no constraint, which may be about this very package; an index is the user's
 LEFT_OUT = ("GIT_", "PIP_CONSTRAINT", "FORCE_COLOR")

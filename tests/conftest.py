@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from packaging_support import BACKPORT, LINE, copy_project, patched_tree, pristine_tree, provenance
+from trees import BACKPORT, LINE, copy_project, patched_tree, pristine_tree, provenance
 
 # the models of the tests are so small that more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,14 +34,8 @@ briefly: dict[str, Any] = {
 settings.register_profile("quick", max_examples=10, **briefly)
 settings.register_profile("pristine", max_examples=60, **briefly)
 
-# what is about the repository and not about the package that is imported
-NOT_ABOUT_THE_PACKAGE = {
-    f"test_{name}.py"
-    for name in (
-        *("backport", "build", "check", "documents", "example", "for_upstream", "patches", "projects", "regressions"),
-        *("swap", "tool", "torch", "try_release", "upstream_bugs"),
-    )
-}
+# what is about this repository, or compares two packages, is not collected for another package
+ABOUT_THE_CHECKOUT = {"repo", "tool", "upstream"}
 
 # tests of the package of another line; all others are about the default line's, with arguments that older ones lack
 LINE_OF_FOLDER = {"line_1_27": BACKPORT.name}
@@ -75,7 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     elsewhere = config.getoption("pristine") or config.getoption("package")
     of_line = LINE_OF_FOLDER.get(collection_path.parent.name, LINE.name)
-    left_out = of_line != config.stash[LINE_TESTED] or (elsewhere and collection_path.name in NOT_ABOUT_THE_PACKAGE)
+    about_the_checkout = collection_path.parent.name in ABOUT_THE_CHECKOUT
+    left_out = of_line != config.stash[LINE_TESTED] or (elsewhere and about_the_checkout)
     return True if left_out and not collection_path.is_dir() else None
 
 

@@ -1,0 +1,52 @@
+"""That every line of the series is needed: undoing any block of what it changes makes a test fail."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trees import FILES, LINE, ROOT, patched_tree, pristine_tree
+
+# in the order in which they are likely to tell, cheap ones first
+NAMES = (
+    *(
+        f"xpos/test_{name}.py"
+        for name in ("scores", "features", "properties", "cache", "wrappers", "prefill", "options")
+    ),
+    *("xpos/test_compile.py", "upstream/test_swap.py"),
+)
+
+pytestmark = pytest.mark.slow
+
+
+def undone() -> dict[str, list[str]]:
+    """The patched files with one block of changes undone, by the file and the lines that the block has in it."""
+    found = {}
+    for file in sorted(FILES[LINE]):
+        old, new = (
+            (tree / file).read_text(encoding="utf-8").splitlines(True) for tree in (pristine_tree(), patched_tree())
+        )
+        for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+            # of a comment alone no test can tell
+            changed = [line.strip() for line in old[start:end] + new[new_start:new_end]]
+            if kind != "equal" and any(line and not line.startswith("#") for line in changed):
+                found[f"{file}:{new_start + 1}-{new_end}"] = new[:new_start] + old[start:end] + new[new_end:]
+    return found
+
+
+@pytest.mark.parametrize("place", undone())
+def test_without_these_lines_a_test_fails(place: str, tmp_path: Path) -> None:
+    shutil.copytree(patched_tree() / "x_transformers", tmp_path / "x_transformers")
+    (tmp_path / place.partition(":")[0]).write_text("".join(undone()[place]), encoding="utf-8")
+
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider"]
+    command += [f"--package={tmp_path}", *(f"tests/{name}" for name in NAMES)]
+    environment = {**os.environ, "HYPOTHESIS_PROFILE": "quick"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    # a package that cannot even be imported is a usage error, or one of collection
+    assert result.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), result.stdout

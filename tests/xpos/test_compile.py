@@ -1,0 +1,343 @@
+"""xPos compiled, exported, traced and transformed: one graph for all lengths, with the answers of eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import strategies
+import torch
+from pristine import build_both
+from strategies import build, softmax, tokens
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.func import stack_module_state
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+from ways import assert_equal_to_rounding, continue_with, keys_values
+
+from x_transformers import Attention
+from x_transformers.x_transformers import Intermediates, LayerIntermediates
+
+OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
+MEMORY: dict[str, Any] = dict(attn_num_mem_kv=2)
+ATTENTION: dict[str, dict[str, Any]] = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
+
+# the first is compiled for. A length of 1 has a graph of its own in torch, which takes 0 and 1 for constants
+LENGTHS = (3, 7, 2, 33, 100)
+
+
+def model_of(attention: str = "flash", **options: Any) -> Any:
+    return build({**OPTIONS, **ATTENTION[attention], **options}, 0, max_mem_len=1024)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_compiled(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], backend: str = "eager", params: Sequence[Any] = ()
+) -> int:
+    """How many graphs are compiled for the calls, each of which must give what eager mode gives, gradients included."""
+
+    def answers(run: Callable[..., Any], call: tuple[Any, ...]) -> list[Tensor]:
+        out = tree_leaves(run(*call))
+        return [*out, *torch.autograd.grad(out[0].square().sum(), params)] if params else out
+
+    function(*calls[0])  # einops registers torch with its first call, which must not be within the graph
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for call in calls:
+        actual, expected = answers(compiled, call), answers(function, call)
+        assert len(actual) == len(expected) > 0
+        for a, e in zip(actual, expected):
+            assert_equal_to_rounding(a, e)
+    # the functionalized one is counted beside an empty one
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
+def prompt(model: Any, n: int) -> LayerIntermediates:
+    return model(tokens(n, 2, n), return_intermediates=True)[1]
+
+
+def answer(model: Any, x: Tensor, cache: LayerIntermediates | None = None, **kwargs: Any) -> Any:
+    """Going on from a cache, what is cached then too."""
+    if cache is None:
+        return model(x, **kwargs)
+    logits, cache = continue_with(model, x, cache, **kwargs)
+    return logits, keys_values(cache)
+
+
+# options, and what a model is called with for a length; tokens (2, n) if nothing else is said
+CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = {
+    "self attention": ({}, lambda model, n: {}),
+    "all dims rotated": (dict(rotary_emb_dim=8), lambda model, n: {}),
+    "pos of each row": ({}, lambda model, n: dict(pos=torch.arange(n) + torch.tensor([[5], [900]]))),
+    "masked keys": ({}, lambda model, n: dict(self_attn_kv_mask=torch.arange(n) < torch.tensor([[n], [(n + 1) // 2]]))),
+    "rotary_window": ({}, lambda model, n: dict(pos=torch.arange(n) + n, rotary_window=(0, 3 * n))),
+    "mems": ({}, lambda model, n: dict(mems=model(tokens(n + 1, 2, 2 * n + 2), return_mems=True)[1], return_mems=True)),
+    "context with positions": (
+        dict(cross_attend=True),
+        lambda model, n: dict(context=randn(n, 2, n + 4, 16), context_pos=torch.arange(n + 4)),
+    ),
+    "decode step": (MEMORY, lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n))),
+    "decode step, whole sequence passed": (
+        {},
+        lambda model, n: dict(
+            x=tokens(n, 2, n + 1), cache=prompt(model, n), cache_age=1, input_not_include_cache=False
+        ),
+    ),
+    "chunk": ({}, lambda model, n: dict(x=tokens(n + 1, 2, 5 + n // 3), cache=prompt(model, n))),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "backend"),
+    [
+        *((name, "flash", "eager") for name in CALLS if name not in ("all dims rotated", "decode step")),
+        *((name, "no flash", "eager") for name in ("all dims rotated", "decode step")),
+        # functionalized too, and compiled in earnest
+        pytest.param("decode step", "flash", "inductor", marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, attention, backend):
+    options, arguments = CALLS[name]
+    model = model_of(attention, **options)
+    calls = [({"x": tokens(n, 2, n), **arguments(model, n)},) for n in LENGTHS]
+
+    assert graphs_compiled(lambda kwargs: answer(model, **kwargs), calls, backend) == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode(backend):
+    model = model_of("no flash", **MEMORY).requires_grad_(True)
+
+    assert graphs_compiled(model, [(tokens(n, 2, n),) for n in LENGTHS], backend, [*model.parameters()]) == 1
+
+
+@pytest.mark.parametrize(
+    "compiled", ["layers", pytest.param("what is around them", marks=pytest.mark.slow), "one step of several"]
+)
+@torch.no_grad()
+def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager_mode(compiled):
+    model, x, lens = model_of(**MEMORY), tokens(0, 2, 12), [5, 7]
+    expected, steps = model(x), [model] * 6
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    if compiled == "one step of several":
+        # the cache has room for more by then
+        lens = [5, 1, 1, 1, 1, 3]
+        steps[3] = torch.compile(model, dynamic=True, backend="eager")
+    elif compiled == "layers":
+        for layer in layers:
+            layer.compile(fullgraph=True, dynamic=True, backend="eager")
+    else:
+        for layer in layers:
+            layer.forward = torch.compiler.disable(layer.forward)
+        model.compile(dynamic=True, backend="eager")
+
+    chunks, cache = [], None
+    for step, chunk in zip(steps, x.split(lens, dim=1)):
+        logits, cache = continue_with(step, chunk, cache)
+        chunks.append(logits)
+    assert_equal_to_rounding(torch.cat(chunks, dim=1), expected)
+
+
+@torch.no_grad()
+def test_one_more_graph_for_a_length_of_1_and_an_error_past_the_limit():
+    model = model_of()
+    longest = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float16)
+    lengths = (3, longest, 1, longest + 1, longest + 9, 1, 2)
+
+    assert graphs_compiled(model, [(tokens(0, 1, n),) for n in lengths]) == 2
+
+    compiled = torch.compile(model, dynamic=True, backend="eager")
+    too_long = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float64) + 1
+    with pytest.raises(ValueError, match=f"{too_long} queries in one call exceed the limit of {too_long - 1}"):
+        compiled(tokens(0, 1, too_long))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_mask_costs_as_many_graphs_as_with_plain_rotary():
+    # what follows attention fills in the masked rows with einx, for which a length is a constant
+    def graphs(**options: Any) -> int:
+        model = model_of(**options)
+        masks = [torch.arange(n) < torch.tensor([[n], [n // 2 + 1]]) for n in LENGTHS[:2]]
+        calls = [(tokens(mask.shape[1], *mask.shape), mask) for mask in masks]
+        return graphs_compiled(lambda x, mask: model(x, mask=mask), calls)
+
+    assert graphs() == graphs(rotary_xpos=False, rotary_pos_emb=True)
+
+
+# export
+
+# to be run with; there is none that it is exported for
+EXPORTED_LENGTHS = (1, 2, 7, 31, 300)
+
+
+def dynamic_shapes() -> tuple[dict[int, Any]]:
+    return ({1: torch.export.Dim("n")},)
+
+
+@pytest.mark.parametrize(("attention", "strict"), [("no flash", False), ("flash", False), ("flash", True)])
+@torch.no_grad()
+def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(attention, strict):
+    model, x = model_of(attention, **MEMORY), tokens(0, 2, 7)
+    model(x)
+
+    program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(), strict=strict).module()
+
+    for n in EXPORTED_LENGTHS:
+        x = tokens(n, 2, n)
+        assert_equal_to_rounding(program(x), model(x))
+
+
+class Embeddings(torch.nn.Module):
+    """Of a model; the older exporter has no logits of upstream's."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x, return_embeddings=True)
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of the older exporter, that it is old
+def test_one_onnx_file_gives_the_answers_of_eager_mode_at_all_lengths(dynamo, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    # the older one cannot express that flash attention is causal from some length on
+    model = Embeddings(build({**OPTIONS, **MEMORY, "attn_flash": dynamo}, 0, dtype=torch.float32))
+    path, x = tmp_path / "model.onnx", tokens(0, 2, 7)
+    model(x)
+
+    if dynamo:
+        how: dict[str, Any] = dict(dynamic_shapes=dynamic_shapes(), dynamo=True, verbose=False)
+    else:
+        how = dict(dynamic_axes=dict(x={1: "n"}), dynamo=False, opset_version=17)
+    torch.onnx.export(model, (x,), path, input_names=["x"], **how)
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for n in EXPORTED_LENGTHS:
+        x = tokens(n, 2, n)
+        (actual,), expected = session.run(None, {"x": x.numpy()}), model(x).numpy()
+        # as in `assert_equal_to_rounding`, of a single layer: 2 ** 8 roundings of float32, and 2 ** 3 from softmax
+        tolerance = 2**11 * np.finfo(np.float32).eps / 2 * max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+# traced and transformed, beside the unpatched release
+
+
+def steps(model: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two tokens decoded, one after another, from a cache of `k` and `v`."""
+    layers = [Intermediates(cached_kv=(k, v), layer_type="a") for _ in range(OPTIONS["depth"])]
+    cache = LayerIntermediates(attn_intermediates=layers, cache_length=k.shape[-2])
+    logits, cache = continue_with(model, x[:, :1], cache)
+    again, _ = continue_with(model, x[:, 1:], cache)
+    return torch.cat((logits, again), dim=1)
+
+
+def key_values(seed: int, length: int = 7) -> tuple[Tensor, Tensor]:
+    return randn(seed, 2, 2, length, 8), randn(seed + 1, 2, 2, length, 8)
+
+
+def traced_to_graph(mode: Any) -> Callable[..., Any]:
+    return lambda function, *args: make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
+
+
+TRACERS = {
+    "jit": lambda function, *args: torch.jit.trace(function, args, check_trace=False),
+    "real": traced_to_graph("real"),
+    "symbolic": traced_to_graph("symbolic"),
+}
+
+
+@pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
+@pytest.mark.filterwarnings("ignore")  # of what a trace takes for constant
+@torch.no_grad()
+def test_what_is_traced_keeps_nothing_of_the_inputs_that_it_was_traced_with(trace):
+    model = model_of("no flash", **MEMORY)
+
+    def decode(*args: Tensor) -> Tensor:
+        return steps(model, *args)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        return tokens(seed, 2, 2), *key_values(seed)
+
+    forward_traced, decode_traced = trace(model, tokens(0, 2, 9)), trace(decode, *inputs(0))
+    for seed in (1, 2):
+        assert_equal_to_rounding(forward_traced(tokens(seed, 2, 9)), model(tokens(seed, 2, 9)))
+        assert_equal_to_rounding(decode_traced(*inputs(seed)), decode(*inputs(seed)))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@torch.no_grad()
+def test_an_ensemble_decodes_through_vmap(attention):
+    models = [build({**OPTIONS, **ATTENTION[attention]}, seed) for seed in range(3)]
+    stacked, x = stack_module_state(models), tokens(0, 2, 2)
+
+    def decode(*params_and_buffers: Any) -> Tensor:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(models[0], params_and_buffers, args, kwargs)
+
+        first, cache = call(x[:, :1], return_intermediates=True)
+        return torch.cat((first, continue_with(call, x[:, 1:], cache)[0]), dim=1)
+
+    for out, model in zip(torch.vmap(decode)(*stacked), models):
+        assert_equal_to_rounding(out, model(x))
+
+
+@torch.no_grad()
+def test_positions_and_inputs_may_be_mapped_over():
+    model = model_of("no flash", **MEMORY).attn_layers
+    x, pos = randn(0, 3, 9, 16), torch.arange(9) + torch.tensor([[0], [7], [30]])
+
+    mapped = torch.vmap(lambda x, pos: model(x[None], pos=pos)[0])(x, pos)
+    shards = torch.vmap(lambda x, pos: model(x[None], pos=pos, rotary_window=(0, 39))[0])(x, pos)
+
+    assert_equal_to_rounding(mapped, model(x, pos=pos))
+    assert_equal_to_rounding(shards, model(x, pos=pos))
+
+
+@pytest.mark.parametrize("forward_mode", ["jvp", "dual numbers"])
+def test_derivatives_through_decoding_are_those_of_upstream(forward_mode):
+    x, kv, tangents = tokens(0, 2, 2), key_values(0), key_values(5)
+    found = []
+
+    for model in build_both({**OPTIONS, **ATTENTION["no flash"]}, 0):
+
+        def decode(*kv: Tensor, model: Any = model) -> Tensor:
+            return steps(model, x, *kv)
+
+        with torch.no_grad():
+            if forward_mode == "jvp":
+                out, tangent, *_ = torch.func.jvp(decode, kv, tangents)
+            else:
+                with forward_ad.dual_level():
+                    out, tangent = forward_ad.unpack_dual(decode(*map(forward_ad.make_dual, kv, tangents)))
+        gradients = torch.func.grad(lambda *kv: decode(*kv).square().sum(), argnums=(0, 1))(*kv)
+
+        def of_one_sample(kv: tuple[Tensor, Tensor], x: Tensor, model: Any = model) -> Tensor:
+            return steps(model, x[None], *(t[None] for t in kv)).square().sum()
+
+        per_sample = torch.vmap(torch.func.grad(of_one_sample))(kv, x)
+        found.append([out, tangent, *gradients, *per_sample])
+
+    for actual, expected in zip(*found, strict=True):
+        assert expected.abs().max() > 0
+        assert_equal_to_rounding(actual, expected)
