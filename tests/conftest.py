@@ -69,6 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     elsewhere = config.getoption("pristine") or config.getoption("package")
     of_line = LINE_OF_FOLDER.get(collection_path.parent.name, LINE.name)
+    if collection_path.parent.name == "every_line":
+        of_line = config.stash[LINE_TESTED]
     about_the_checkout = collection_path.parent.name in ABOUT_THE_CHECKOUT
     left_out = of_line != config.stash[LINE_TESTED] or (elsewhere and about_the_checkout)
     return True if left_out and not collection_path.is_dir() else None

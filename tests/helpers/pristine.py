@@ -11,10 +11,10 @@ from typing import Any
 
 import strategies
 import torch
-from reference import GAMMA, rescaled_base
 from trees import LINE, pristine_tree, provenance
 
 import x_transformers
+from x_transformers.xpos.checker.formula import angles, decays, rescaled_base
 
 _RECORD = provenance.read_record(Path(x_transformers.__file__).parent)
 PRISTINE = pristine_tree(Path("patches", _RECORD.line) if _RECORD is not None else LINE)
@@ -65,6 +65,5 @@ def _hold_exact_buffers_(model: Any, options: dict[str, Any]) -> None:
     """Upstream's buffers are rounded to float32 whatever the model's dtype: here they hold what they stand for."""
     rotary = model.attn_layers.rotary_pos_emb
     dim = options.get("rotary_emb_dim", options["attn_dim_head"] // 2)
-    ratio = torch.arange(0, dim, 2).double() / dim
-    rotary.inv_freq = rescaled_base(dim, options.get("rotary_base_rescale_factor", 1.0)) ** -ratio
-    rotary.scale = (ratio + GAMMA) / (1 + GAMMA)
+    rotary.inv_freq = angles(dim, rescaled_base(dim, options.get("rotary_base_rescale_factor", 1.0)))
+    rotary.scale = decays(dim)

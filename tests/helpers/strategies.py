@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Module
 
-from x_transformers import Decoder, TransformerWrapper
+from x_transformers import Attention, Decoder, TransformerWrapper
+from x_transformers.xpos.release import CACHED_TOKENS_LEFT_OUT
 
+IS_OLDER = not CACHED_TOKENS_LEFT_OUT
+SIZES_ROTATED = (32, 48) if IS_OLDER else (4, 8, 16)
 NUM_TOKENS = 32
 MAX_SEQ_LEN = 256
 
-# of a small decoder, part of each head rotated
+# of a small decoder, part of each head rotated; the older line rotates at least 32 dims, and has fewer arguments
 SMALL: dict[str, Any] = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_emb_dim=6, verbose=False)
+if IS_OLDER:
+    SMALL = dict(dim=16, depth=2, heads=4, attn_dim_head=48, rotary_emb_dim=32)
 OPTIONS: dict[str, Any] = {**SMALL, "rotary_xpos": True, "rotary_xpos_scale_base": 32}
 
 seeds = st.integers(0, 2**16)
@@ -64,31 +69,39 @@ softmax = partial(torch.softmax, dim=-1)
 
 
 @st.composite
-def decoder_options(draw: st.DrawFn, flash: bool | None = None) -> dict[str, Any]:
+def decoder_options(draw: st.DrawFn, flash: bool | None = None, max_mem_kv: int = 0) -> dict[str, Any]:
     """Keyword arguments of a small `Decoder` with xPos.
 
     The scale base goes down to 4, where a few dozen positions decay as much as thousands do at 512.
     """
-    dim_head = draw(st.sampled_from([8, 16]))
+    dim_head = draw(st.sampled_from([32, 48] if IS_OLDER else [8, 16]))
     heads = draw(st.sampled_from([2, 4]))
     flash = draw(st.booleans()) if flash is None else flash
 
-    return dict(
+    options = dict(
         dim=draw(st.sampled_from([8, 16])),
         depth=draw(st.integers(1, 3)),
         heads=heads,
         attn_dim_head=dim_head,
         attn_kv_heads=draw(st.sampled_from([h for h in (1, 2, 4) if h <= heads])),
+        attn_num_mem_kv=draw(st.integers(0, max_mem_kv)),
         attn_qk_norm=draw(st.booleans()),
         attn_flash=flash,
         attn_custom_attn_fn=None if flash else softmax,
         rotary_xpos=True,
-        rotary_emb_dim=draw(st.sampled_from([d for d in (4, 8, 16) if d <= dim_head])),
+        rotary_emb_dim=draw(st.sampled_from([d for d in SIZES_ROTATED if d <= dim_head])),
         rotary_xpos_scale_base=draw(st.sampled_from([4, 32, 512])),
         rotary_interpolation_factor=draw(st.sampled_from([1.0, 2.5])),
         rotary_base_rescale_factor=draw(st.sampled_from([1.0, 4.0])),
         verbose=False,
     )
+    if IS_OLDER:
+        del options["verbose"], options["attn_custom_attn_fn"]
+        if options["attn_num_mem_kv"]:  # it has as many of them as there are heads of queries
+            options["attn_kv_heads"] = heads
+        elif flash:  # with one key head it takes no more keys than queries, with any positions
+            options["attn_kv_heads"] = max(2, options["attn_kv_heads"])
+    return options
 
 
 def build(
@@ -105,6 +118,9 @@ def build(
         attn_layers=Decoder(**options),
         **wrapper_options,
     )
+    if IS_OLDER:
+        for attention in (module for module in model.modules() if isinstance(module, Attention)):
+            attention.attend.attn_fn = softmax
     model = randomize_(model.double(), seed).to(dtype).eval()
     return model.requires_grad_(False)
 

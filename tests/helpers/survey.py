@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,14 +27,18 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor, nn
+from ways import Exact, message
 
 from x_transformers import Attention, Decoder, FeedForward, TransformerWrapper
 from x_transformers.x_transformers import AttentionLayers
+from x_transformers.xpos.checker import properties
+from x_transformers.xpos.checker.models import Model, Text
+from x_transformers.xpos.checker.properties import Point, Property
+from x_transformers.xpos.checker.runs import Plan, deviation
 
 BATCH, LENGTH, DIM, HEADS, DIM_HEAD, NUM_TOKENS, CONTEXT, CONDITION = 2, 13, 16, 2, 8, 12, 5, 12
-PADDING = 4
 # far enough that a center common to both rows leaves the range of float64: (1.4 / 0.4) ** (20,000 / 2 / 8) > 1.8e308
-SHIFTS, ROW_SHIFTS = (-7, 4_000), (3, 20_000)
+SHIFTS = (-7, 4_000, 20_000)
 
 PLAIN = {"rotary_pos_emb": True}
 # a decay of 0.29 ** (13 / 8) over the sequence: a wrong center shows in the first digit
@@ -49,7 +52,7 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Scene:
-    """A call to be made: which rows and positions of the one sequence that all calls are about.
+    """A call: which rows and positions of the one sequence that all calls are about.
 
     Positions count from the left padding, if there is any. Those before `new` are in the cache (`how` is "decode",
     where the whole sequence is passed, or "chunk") or in the mems ("mems").
@@ -555,39 +558,31 @@ def build(words: Options, rotary: Options) -> nn.Module:
     return model
 
 
-class Run:
-    """A model with a setting; calls it for scenes."""
+class Surveyed(Model):
+    """A model with a setting, which makes what has to be passed in a call for what the call is about."""
 
-    def __init__(self, setting: Setting, model: Any) -> None:
-        self.setting, self.model = setting, model
-        self.tokens = (noise("tokens", BATCH, LENGTH).abs() * 5).long().clamp(max=NUM_TOKENS - 1)
-        self.full = self(Scene())[0]
+    def __init__(self, setting: Setting, module: nn.Module) -> None:
+        super().__init__(module)
+        self.setting, self.context_pad = setting, 0
 
-    @torch.no_grad()
-    def __call__(self, scene: Scene, cache: Any = None, mems: Any = None) -> tuple[Tensor, Any]:
-        """Outputs of the positions from `new` on, and the intermediates."""
-        return self.forward(scene, cache, mems)
+    @property
+    def takes_prefill(self) -> bool:
+        return not any(name.startswith("@") for name in self.setting.words)
 
-    def forward(self, scene: Scene, cache: Any = None, mems: Any = None) -> tuple[Tensor, Any]:
-        """The same, with gradients if the model's parameters have them."""
-        arguments: dict[str, Any] = {"return_intermediates": True, "return_mems": True, "mems": mems}
-        if cache is not None:
-            passed_alone = scene.how == "chunk"
-            arguments.update(cache=cache, cache_age=scene.stop - scene.new, input_not_include_cache=passed_alone)
-        if scene.pad:
-            arguments["seq_start_pos"] = torch.full((len(scene.rows),), scene.pad)
+    def positions(self, length: int) -> int:
+        return super().positions(length) + 3 * ("@prepend" in self.setting.words)
+
+    def __call__(self, text: Text, **options: Any) -> tuple[Tensor, Any]:
+        scene, arguments = self.scene(text, **options), dict(return_intermediates=True, **options)
         for name, value in self.setting.words.items():
             if name.startswith("@"):
                 call = CALLS.get(name[1:])
-                arguments.update(call(scene, self.model) if call else {name[1:]: value})
-        tokens = scene.sequence(self.tokens, fill=1)[:, scene.first_input :]
-        if scene.shift is not None:
-            arguments["pos"] = torch.arange(self.positions(tokens.shape[1], arguments)) + scene.shift
+                arguments.update(call(scene, self.module) if call else {name[1:]: value})
         if scene.how != "mems":
             arguments.pop("mem_masks", None)
 
         torch.manual_seed(0)  # for attention that draws at random
-        out, intermediates = self.model(tokens, **arguments)
+        out, intermediates = self.module(text.main, **arguments)
         out = out[:, scene.new - scene.stop :]
         if "return_attn" in arguments:
             out = torch.cat([out, *attention_of(intermediates, scene)], dim=-1)
@@ -597,14 +592,31 @@ class Run:
             out = out.masked_fill(padding[..., None], 0)
         return out, intermediates
 
-    def positions(self, length: int, arguments: Options) -> int:
-        """How many positions the wrapper makes of `length` tokens."""
-        blocks, every = 1, self.model.memory_tokens_interspersed_every
-        if every is not None:
-            blocks = math.ceil(length / every)
-            length = blocks * every
-        prepended = arguments.get("prepend_embeds")
-        return length + blocks * self.model.num_memory_tokens + (0 if prepended is None else prepended.shape[1])
+    def scene(
+        self, text: Text, cache: Any = None, cache_age: int = 0, mems: Any = None, pos: Any = None, **options: Any
+    ) -> Scene:
+        how = "chunk" if options.get("input_not_include_cache") else "decode" if cache is not None else ""
+        new = text.start if cache is None else text.stop - cache_age
+        return Scene(
+            rows=tuple(range(BATCH)[text.rows]),
+            stop=text.stop,
+            new=new,
+            how="mems" if mems is not None else how,
+            shift=None if pos is None else pos[..., :1] if pos.ndim > 1 else pos[0],
+            pad=int(options.get("seq_start_pos", torch.zeros(1)).max()),
+            context_pad=self.context_pad,
+        )
+
+
+PLAN = Plan(lengths=(8, LENGTH), chunks=(5,), segments=((6, 7),), steps=3, shifts=SHIFTS)
+
+
+def case_of(setting: Setting, module: nn.Module) -> Exact:
+    """What the properties are measured on, once it can be called."""
+    tokens = (noise("tokens", BATCH, LENGTH).abs() * 5).long().clamp(max=NUM_TOKENS - 1)
+    found = Exact(Surveyed(setting, module), Text(tokens), PLAN, in_float32=setting.in_float32)
+    found.full  # noqa: B018
+    return found
 
 
 def attention_of(intermediates: Any, scene: Scene) -> Iterator[Tensor]:
@@ -614,92 +626,27 @@ def attention_of(intermediates: Any, scene: Scene) -> Iterator[Tensor]:
         yield (weights @ noise("attention", 64)[: weights.shape[-1]]).transpose(1, 2)
 
 
-# the properties: each yields two outputs that must be the same
-
-Pairs = Iterator[tuple[Tensor, Tensor]]
-
-
-def in_parts(run: Run, how: str, sizes: Sequence[int]) -> Pairs:
-    start, state = 0, dict[str, Any]()
-    for size in sizes:
-        stop = start + size
-        out, after = run(Scene(stop=stop, new=start, how=how), **state)
-        state = {"mems": after.mems} if how == "mems" else {"cache": after}
-        yield out, run.full[:, start:stop]
-        start = stop
-
-
-def prefix(run: Run) -> Pairs:
-    for stop in (2, 8):
-        yield run(Scene(stop=stop))[0], run.full[:, :stop]
-
-
-def rows(run: Run) -> Pairs:
-    for row in range(BATCH):
-        yield run(Scene(rows=(row,)))[0], run.full[row : row + 1]
-
-
-def same(run: Run, *scenes: Scene) -> Pairs:
-    for scene in scenes:
-        yield run(scene)[0], run.full
-
-
-PROPERTIES = {
-    "prefix": "the output at a position is the same however much follows",
-    "decode": "one token at a time through the KV cache equals one call for all",
-    "chunks": "chunks through the KV cache, without what is in it, equal one call for all",
-    "mems": "segments with mems equal one call for all",
-    "rows": "a row of a batch gives what it gives alone",
-    "shift": "positions passed in and shifted, those of a context with them, change nothing",
-    "rowpos": "a shift for each row of the batch changes nothing",
-    "pad": "padding on the left, with seq_start_pos, changes nothing",
-    "context": "padding a context, masked, changes nothing",
-}
-MEASURES: Mapping[str, Callable[[Run], Pairs]] = {
-    "prefix": prefix,
-    "decode": partial(in_parts, how="decode", sizes=(10, 1, 1, 1)),
-    "chunks": partial(in_parts, how="chunk", sizes=(4, 1, 8)),
-    "mems": partial(in_parts, how="mems", sizes=(6, 7)),
-    "rows": rows,
-    "shift": lambda run: same(run, *(Scene(shift=torch.tensor(shift)) for shift in SHIFTS)),
-    "rowpos": lambda run: same(run, Scene(shift=torch.tensor(ROW_SHIFTS)[:, None])),
-    "pad": lambda run: same(run, Scene(stop=LENGTH + PADDING, new=PADDING, pad=PADDING)),
-    "context": lambda run: same(run, Scene(context_pad=4)),
-}
-
-
-def tolerance(run: Run, name: str) -> float:
-    """What rounding explains, in the units of the output.
-
-    An output is the end of some 2 ** 10 dependent roundings (norms, projections, scores and a softmax, in two or three
-    layers), and scores of up to 2 ** 6 turn an error of theirs into a relative one of the weights: 2 ** 16 half ulps
-    of the largest output. Where one step works in float32, some 2 ** 4 roundings are of that size: 2 ** 10 of its half
-    ulps. An angle is rounded relative to the position: positions passed in add their size to the 2 ** 10.
-    """
-    roundings = {"shift": max(map(abs, SHIFTS)), "rowpos": max(ROW_SHIFTS)}.get(name, 0) + 2**10
-    ulps = roundings * 2**6 * torch.finfo(torch.float64).eps / 2
-    if run.setting.in_float32:
-        ulps += 2**10 * torch.finfo(torch.float32).eps / 2
-    return ulps * max(1.0, float(run.full.abs().max()))
-
-
-def failure(run: Run, name: str) -> str:
-    """How a property is not had, or nothing."""
-    allowed = tolerance(run, name)
+def padded_context(case: Exact) -> Iterator[Point]:
+    case.model.context_pad = 4
     try:
-        for actual, expected in MEASURES[name](run):
-            if actual.shape != expected.shape:
-                return f"{tuple(actual.shape)} outputs for {tuple(expected.shape)}"
-            apart = float((actual - expected).abs().max())
-            if not apart <= allowed:  # NaN is
-                return f"{apart:.1e} apart"
-    except Exception as error:  # whatever it is, the property is not had
-        return message(error)
-    return ""
+        yield Point(LENGTH, deviation(case.model(case.text)[0], case.full))
+    finally:
+        case.model.context_pad = 0
 
 
-def message(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+# those of the check, by why the output changes where one is not had, and what to do then
+CHANGES = {
+    "prefix": ("what follows", "leave it out of language models"),
+    "rows": ("chance", "nothing: it draws at random, as meant"),
+    "cached-whole": ("the KV cache", "`generate(..., cache_kv = False)`"),
+    "chunked": ("the KV cache", "no `prefill`"),
+    "mems": ("`mems`", "one call for all segments"),
+    "shift": ("shifted positions", "positions from 0 on"),
+    "padded": ("left padding", "padding on the right"),
+    "context": ("padding of the context", "a context without padding"),
+}
+CONTEXT_PADDED = Property("context", "the output, with and without padding of the context", padded_context, "calls")
+PROPERTIES = [prop for prop in (*properties.ALL, CONTEXT_PADDED) if prop.key in CHANGES]
 
 
 # the survey
@@ -712,7 +659,7 @@ def examine(setting: Setting) -> tuple[str, str]:
     """Compare plain rotary and xPos with `setting`: the verdict, and what is to be said about it."""
     plain: Any = PLAIN
     xpos: Any = XPOS
-    for when, attempt in (("when built", partial(build, setting.words)), ("when called", partial(Run, setting))):
+    for when, attempt in (("when built", partial(build, setting.words)), ("when called", partial(case_of, setting))):
         try:
             plain = attempt(plain)
         except Exception as error:
@@ -726,10 +673,11 @@ def examine(setting: Setting) -> tuple[str, str]:
     if setting.refused:
         return BROKEN, "not refused with xPos"
     has_context = any(name.startswith("@") and name.endswith("context") for name in setting.words)
-    names = [name for name in PROPERTIES if name != "context" or has_context]
-    failed = {name: how for name in names if (how := failure(xpos, name))}
+    xpos.plain = plain
+    measured = [prop for prop in PROPERTIES if has_context or prop is not CONTEXT_PADDED]
+    failed = {prop.key: how for prop in measured if (how := xpos.failure(prop))}
     # plain rotary is run for these alone, as it takes as long
-    neither = [name for name in failed if failure(plain, name)]
+    neither = [prop.key for prop in measured if prop.key in failed and plain.failure(prop)]
     if failed.keys() - neither:
         return BROKEN, "; ".join(f"{name}: {how}" for name, how in failed.items() if name not in neither)
     return HOLDS, f"all but {', '.join(neither)}, which neither has" if neither else "all"
@@ -737,30 +685,17 @@ def examine(setting: Setting) -> tuple[str, str]:
 
 def changes_something(setting: Setting) -> bool:
     """Whether it changes the output of the model with xPos."""
-    run, plain = Run(setting, build(setting.words, XPOS)), Setting("", {}, setting.needs)
+    found, plain = case_of(setting, build(setting.words, XPOS)), Setting("", {}, setting.needs)
     try:
-        without = Run(plain, build(plain.words, XPOS)).full
+        without = case_of(plain, build(plain.words, XPOS)).full
     except Exception:  # it cannot be done without
         return True
-    return without.shape != run.full.shape or not bool(((without - run.full).abs() <= tolerance(run, "")).all())
+    return without.shape != found.full.shape or not deviation(without, found.full) <= found.tolerance("")
 
 
 # what was found about each option, and docs/options.md, which is made from it
 
 RECORD, DOCUMENT = Path(__file__).with_suffix(".json"), Path(__file__).parents[2] / "docs" / "options.md"
-
-# what the output changes with where a property is not had, and what to do then
-CHANGES = {
-    "prefix": ("what follows", "leave it out of language models"),
-    "decode": ("the KV cache", "`generate(..., cache_kv = False)`"),
-    "chunks": ("the KV cache", "no `prefill`"),
-    "mems": ("`mems`", "one call for all segments"),
-    "rows": ("chance", "nothing: it draws at random, as meant"),
-    "shift": ("shifted positions", "positions from 0 on"),
-    "rowpos": ("shifted positions", "positions from 0 on"),
-    "pad": ("left padding", "padding on the right"),
-    "context": ("padding of the context", "a context without padding"),
-}
 
 
 def names_of(entry: Entry) -> list[str]:

@@ -48,8 +48,8 @@ def check_model(
         for path, found in find(samples.build().module if is_sample else module).items():
             model, note = usable_copy(found, dtype, device, must_run=not is_sample)
             length = model.length_to_read(max_len, MAX_LEN if is_sample else MAX_LEN_OF_MODEL)
-            inputs = samples.texts(length).to(model.device, model.dtype) if is_sample else model.inputs(ROWS, length)
-            cases[path or type(found.module).__name__] = Case(model, inputs)
+            text = samples.texts(length).to(model.device, model.dtype) if is_sample else model.text(ROWS, length)
+            cases[path or type(found.module).__name__] = Case(model, text)
             reads = "random token ids" if model.reads_tokens else "random hidden states"
             checked.append(f"{summary(path, model)}; {length:,} {'bytes of text' if is_sample else reads}")
             notes += [note] if note else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any
@@ -26,28 +26,43 @@ _CONTEXT_LEN = 24
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """`main` is token ids (b, n) or hidden states (b, n, d); `per_row` goes with it by name, and has b rows too."""
+class Text:
+    """What a call is about: some rows of token ids (b, n) or hidden states (b, n, d), from `start` to `stop`.
 
-    main: Tensor
+    `per_row` goes with it by name, and has b rows too.
+    """
+
+    data: Tensor
     per_row: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: slice = field(default_factory=lambda: slice(None))
+    start: int = 0
+    stop: int = -1
+
+    def __post_init__(self) -> None:
+        if self.stop < 0:
+            object.__setattr__(self, "stop", self.data.shape[1])
 
     @property
     def length(self) -> int:
-        return self.main.shape[1]
+        return self.stop - self.start
 
-    def part(self, start: int | None, stop: int | None, rows: slice = slice(None)) -> Inputs:
-        """The positions from `start` to `stop` of some rows."""
-        per_row = {name: value[rows] for name, value in self.per_row.items()}
-        return Inputs(self.main[rows, start:stop], per_row)
+    @property
+    def main(self) -> Tensor:
+        return self.data[self.rows, self.start : self.stop]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Inputs:
+    def part(self, start: int, stop: int) -> Text:
+        return replace(self, start=start, stop=stop)
+
+    def row(self, number: int) -> Text:
+        return replace(self, rows=slice(number, number + 1))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Text:
         """On a device and, what is of floating point, in a dtype."""
 
         def move(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        return Inputs(move(self.main), {name: move(value) for name, value in self.per_row.items()})
+        return replace(self, data=move(self.data), per_row={name: move(each) for name, each in self.per_row.items()})
 
 
 class Model:
@@ -73,6 +88,11 @@ class Model:
         # how many keys a query needs: `attn_sparse_topk` cannot choose among fewer
         of_attend = (getattr(attention.attend.attn_fn, "keywords", {}) for attention in self.attentions)
         self.min_keys = max(int(keywords.get("sparse_topk", 1)) for keywords in of_attend)
+
+    @property
+    def takes_prefill(self) -> bool:
+        """Whether `prefill` takes it, with no more arguments than `per_row` has."""
+        return self.is_language_model
 
     @property
     def rotary_dim(self) -> int:
@@ -152,7 +172,7 @@ class Model:
             raise ValueError(f"max_len is {length}: give a whole number from {MIN_LEN} to {largest}, as {reason}")
         return length
 
-    def inputs(self, batch: int, length: int) -> Inputs:
+    def text(self, batch: int, length: int) -> Text:
         """Random token ids, or unit-normal hidden states, and what else has to be passed with them."""
         generator = torch.Generator().manual_seed(SEED)
         normal = partial(torch.randn, generator=generator, dtype=torch.float32)
@@ -171,23 +191,24 @@ class Model:
             per_row["context"] = normal((batch, _CONTEXT_LEN, getattr(projection, "in_features", self.layers.dim)))
         if getattr(self.layers, "need_condition", False):
             per_row["condition"] = normal((batch, self.layers.dim_condition))
-        return Inputs(main, per_row).to(self.device, self.dtype)
+        return Text(main, per_row).to(self.device, self.dtype)
 
-    def __call__(self, inputs: Inputs, **options: Any) -> tuple[Tensor, Any]:
+    def __call__(self, text: Text, **options: Any) -> tuple[Tensor, Any]:
         """Outputs, and the intermediates. `options` are further ones of the call. ValueError if it gives others."""
         returned = "return_intermediates" if self.is_wrapper else "return_hiddens"
         # for attention that draws at random
         torch.manual_seed(SEED)
-        main: Any = inputs.main
+        main: Any = text.main
         if self.named_tokens:
-            main = {name: inputs.main % number for name, number in self.named_tokens.items()}
-        out, intermediates = self.module(main, **{returned: True}, **inputs.per_row, **options)
+            main = {name: text.main % number for name, number in self.named_tokens.items()}
+        per_row = {name: each[text.rows] for name, each in text.per_row.items()}
+        out, intermediates = self.module(main, **{returned: True}, **per_row, **options)
         if isinstance(out, dict):
             out = torch.cat([*out.values()], dim=-1)
-        new = options.get("cache_age", 1) if options.get("cache") is not None else inputs.length
+        new = options.get("cache_age", 1) if options.get("cache") is not None else text.length
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        if len(shape) != 3 or shape[:2] != (len(inputs.main), new):
-            wanted = f"({len(inputs.main)}, {new}, dim), one output for each new token"
+        if len(shape) != 3 or shape[:2] != (len(text.main), new):
+            wanted = f"({len(text.main)}, {new}, dim), one output for each new token"
             raise ValueError(f"the model returns {shape} instead of {wanted}")
         return out, intermediates
 
@@ -312,7 +333,7 @@ def usable_copy(
             # as long as a check needs, as far as it can be: some options need a number of keys
             room = getattr(getattr(part, "pos_emb", None), "max_seq_len", MIN_LEN)
             if must_run:
-                found(found.inputs(2, max(1, min(MIN_LEN, found.longest(found.comfortable), room))))
+                found(found.text(2, max(1, min(MIN_LEN, found.longest(found.comfortable), room))))
             return found, note
         except Exception as error:
             reason = said(error)

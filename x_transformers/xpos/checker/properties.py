@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,9 @@ from x_transformers import Attention, Decoder
 
 from ..release import accepts
 from . import runs, samples
-from .models import Inputs
-from .runs import ROWS, Case, deviation
+from .models import Text
+from .runs import Case, deviation
 
-SHIFTS = (1, 4_097, 1_000_000)
 CACHE_LENGTHS = (1_000, 10_000, 100_000)
 
 _CAST_LEN = 512
@@ -43,67 +42,83 @@ class Point:
 
 
 def prefixes(case: Case) -> Iterator[Point]:
-    for length in case.lengths[:-1]:
-        yield Point(length, deviation(case.model(case.inputs.part(0, length))[0], case.full[:, :length]))
+    for length in case.plan.lengths[:-1]:
+        yield Point(length, deviation(case.model(case.text.part(0, length))[0], case.full[:, :length]))
 
 
 def rows(case: Case) -> Iterator[Point]:
-    for length in (case.lengths[len(case.lengths) // 2], case.max_len):
+    for length in middle_and_last(case):
         together = case.model(case.texts.part(0, length))[0]
-        for row in range(ROWS):
-            alone = case.model(case.texts.part(0, length, slice(row, row + 1)))[0]
-            yield Point(length, deviation(alone, together[row : row + 1]), f"row {row + 1} of {ROWS}")
+        for row, expected in enumerate(together.split(1)):
+            alone = case.model(case.texts.part(0, length).row(row))[0]
+            yield Point(length, deviation(alone, expected), f"row {row + 1} of {len(together)}")
+
+
+def middle_and_last(case: Case) -> list[int]:
+    return sorted({case.plan.lengths[len(case.plan.lengths) // 2], case.max_len})
 
 
 def decoding(case: Case, *, only_new: bool) -> Iterator[Point]:
-    for length in case.lengths[1:]:
-        start = max(case.lengths[0], length - case.steps)
-        out = runs.token_by_token(case.model, case.inputs.part(0, length), start, only_new=only_new)
+    for length in case.plan.lengths[1:]:
+        start = max(case.plan.lengths[0], length - case.plan.steps)
+        out = runs.token_by_token(case.model, case.text.part(0, length), start, only_new=only_new)
         yield Point(length, deviation(out, case.full[:, start - 1 : length]))
 
 
 def chunks(case: Case) -> Iterator[Point]:
-    for size in runs.part_sizes(case.max_len):
-        yield from _by_length(case, runs.in_chunks(case.model, case.inputs, size), size)
+    for size in case.plan.chunks:
+        yield from _by_length(case, runs.in_chunks(case.model, case.text, size), size)
 
 
 def segments(case: Case) -> Iterator[Point]:
-    for sizes in runs.segment_sizes(case.max_len, case.model.max_mem_len):
-        yield from _by_length(case, runs.in_segments(case.model, case.inputs, sizes), sizes[0])
+    for sizes in case.plan.segments:
+        yield from _by_length(case, runs.in_segments(case.model, case.text, sizes), sizes[0])
 
 
 def _by_length(case: Case, out: Tensor, size: int) -> Iterator[Point]:
     start, end = 0, out.shape[1]
-    for length in sorted({end, *(length for length in case.lengths if length < end)}):
+    for length in sorted({end, *(length for length in case.plan.lengths if length < end)}):
         yield Point(length, deviation(out[:, start:length], case.full[:, start:length]), f"parts of {size:,}")
         start = length
 
 
 def shifts(case: Case) -> Iterator[Point]:
-    model = case.model
+    model, apart = case.model, case.plan.shifts
 
     def positions(length: int) -> Tensor:
         return torch.arange(model.positions(length), device=model.device)
 
-    for length in (case.lengths[len(case.lengths) // 2], case.max_len):
-        inputs, pos = case.inputs.part(0, length), positions(length)
-        expected = model(inputs)[0]
-        for shift in (0, *SHIFTS):
+    for length in middle_and_last(case):
+        text, pos = case.text.part(0, length), positions(length)
+        expected = model(text)[0]
+        for shift in (0, *apart):
             note = f"by {shift:,}" if shift else "pos=arange(n) given"
-            yield Point(length, deviation(model(inputs, pos=pos + shift)[0], expected), note)
+            yield Point(length, deviation(model(text, pos=pos + shift)[0], expected), note)
 
         # the layers of themselves take positions of the new alone
         if model.is_wrapper and case.holds_in_chunks:
-            cache = model(inputs.part(0, length - 1))[1]
-            decode_last = partial(runs.continued, model, inputs, length - 1, length, cache, only_new=False)
+            cache = model(text.part(0, length - 1))[1]
+            decode_last = partial(runs.continued, model, text, length - 1, cache, only_new=False)
             last = decode_last()[0]
-            for shift in SHIFTS:
-                out = decode_last(pos=pos + shift)[0]
-                yield Point(length, deviation(out, last), f"a cached token by {shift:,}")
+            for shift in apart:
+                yield Point(length, deviation(decode_last(pos=pos + shift)[0], last), f"a cached token by {shift:,}")
 
-    by_row = torch.tensor((0, *SHIFTS[-(ROWS - 1) :]), device=model.device)[:, None]
-    found, expected = model(case.texts, pos=positions(case.max_len) + by_row)[0], model(case.texts)[0]
+    expected = model(case.texts)[0]
+    by_row = torch.tensor((0, *apart)[: -len(expected) - 1 : -1], device=model.device)[:, None]
+    found = model(case.texts, pos=positions(case.max_len) + by_row)[0]
     yield Point(case.max_len, deviation(found, expected), "each row by its own")
+
+
+def padded(case: Case) -> Iterator[Point]:
+    pad, text = case.plan.steps, case.text
+    data = torch.cat((text.data[:, :pad], text.data), dim=1)[:, : case.max_len]
+    behind, expected = replace(text, data=data), case.full[:, : case.max_len - pad]
+    starts = {"seq_start_pos": torch.full((len(text.main),), pad, device=case.model.device)}
+    yield Point(case.max_len, deviation(case.model(behind, **starts)[0][:, pad:], expected))
+    if case.holds_in_chunks:
+        start = case.max_len - pad // 2
+        out = runs.token_by_token(case.model, behind, start, only_new=False, **starts)
+        yield Point(case.max_len, deviation(out, expected[:, start - pad - 1 :]), "token by token")
 
 
 def limit(case: Case) -> Iterator[Point]:
@@ -118,14 +133,14 @@ def limit(case: Case) -> Iterator[Point]:
     rotary: Any = model.layers.rotary_pos_emb
     # limits are odd numbers, so it may come out one higher
     rotary.scale_base *= (model.positions(case.max_len) - 2) / model.limit
-    inputs = case.inputs.part(0, model.longest(model.comfortable))
-    expected = out = model(inputs)[0]
+    text = case.text.part(0, model.longest(model.comfortable))
+    expected = out = model(text)[0]
     if case.holds_in_chunks:
-        expected = runs.in_chunks(model, inputs, max(1, inputs.length // 3))
-    yield Point(inputs.length, deviation(out, expected), f"scale base {rotary.scale_base:.3g}")
+        expected = runs.in_chunks(model, text, max(1, text.length // 3))
+    yield Point(text.length, deviation(out, expected), f"scale base {rotary.scale_base:.3g}")
 
     more = model.longest(model.limit) + 1
-    yield _refusal(more, "one query too many", ValueError, lambda: model(case.inputs.part(0, more)))
+    yield _refusal(more, "one query too many", ValueError, lambda: model(case.text.part(0, more)))
 
 
 def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[], object]) -> Point:
@@ -141,9 +156,9 @@ def _refusal(length: int, name: str, error: type[Exception], attempt: Callable[[
 
 def scores(case: Case) -> Iterator[Point]:
     model = case.model
-    for length in [length for length in case.lengths if length > 1][::-3]:
+    for length in [length for length in case.plan.lengths if length > 1][::-3]:
         at = torch.linspace(0, length - 1, min(length, _SCORE_ROWS)).long().to(model.device)
-        call = partial(lambda inputs: model(inputs)[1], case.inputs.part(0, length))
+        call = partial(lambda text: model(text)[1], case.text.part(0, length))
         for number, error in enumerate(samples.score_errors(model, at, call, at, torch.arange(length)), 1):
             yield Point(length, error, f"layer {number}")
 
@@ -151,9 +166,9 @@ def scores(case: Case) -> Iterator[Point]:
 def long_cache(case: Case) -> Iterator[Point]:
     model = case.model
     for length in CACHE_LENGTHS:
-        inputs = Inputs(torch.zeros(1, length + 1, dtype=torch.long, device=model.device))
+        text = Text(torch.zeros(1, length + 1, dtype=torch.long, device=model.device))
         cache, first = samples.random_cache(length, model), torch.zeros(1, dtype=torch.long, device=model.device)
-        call = partial(lambda *args: runs.continued(model, *args)[1], inputs, length, length + 1, cache)
+        call = partial(lambda *args: runs.continued(model, *args)[1], text, length, cache)
         (error,) = samples.score_errors(model, first, call, torch.tensor([length]), torch.arange(length + 1))
         yield Point(length, error)
 
@@ -166,7 +181,7 @@ def refusals(case: Case) -> Iterator[Point]:
             attempt: Callable[[], object] = partial(Decoder, **decoder, **{f"attn_{option}": True})
             yield _refusal(case.max_len, option, AssertionError, attempt)
     if accepts("causal"):
-        attempt = partial(case.model, case.inputs, causal=False)
+        attempt = partial(case.model, case.text, causal=False)
         yield _refusal(case.max_len, "causal = False", AssertionError, attempt)
 
 
@@ -193,10 +208,10 @@ class Property:
 
 def _of_shift(case: Case) -> float:
     # in float64 alone an angle has no more digits than the model, and loses them with the size of the position
-    return case.tolerance("calls") * (max(SHIFTS) / case.max_len if case.model.dtype is torch.float64 else 1)
+    return case.tolerance("calls") * (max(case.plan.shifts) / case.max_len if case.model.dtype is torch.float64 else 1)
 
 
-def _of_limit(case: Case) -> float:
+def _of_any_call(case: Case) -> float:
     return case.tolerance("chunks" if case.holds_in_chunks else "calls")
 
 
@@ -221,7 +236,8 @@ ALL = (
     Property("chunked", "one call, and chunks through the KV cache", chunks, "chunks", "no_cache"),
     Property("mems", "one call, and segments with mems", segments, "segments", "no_mems"),
     Property("shift", "positions from 0 on, and shifted by up to a million", shifts, _of_shift, "no_shift", "pos"),
-    Property("range", "one call up to its limit, and chunks; past it an error", limit, _of_limit),
+    Property("padded", "a text, alone and behind padding", padded, _of_any_call, needs="seq_start_pos"),
+    Property("range", "one call up to its limit, and chunks; past it an error", limit, _of_any_call),
     Property("scores", "scores of a text, and the formula", scores, _of_scores, variant=_SCORES),
     Property("scores-cache", "scores on a long KV cache, and the formula", long_cache, _of_long, variant=_ONE_LAYER),
     Property("scores-bf16", "scores in bfloat16, and the formula", scores, _of_scores, variant=_BF16),

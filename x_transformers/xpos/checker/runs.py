@@ -15,7 +15,8 @@ Tolerances follow from the dtype, in the way the flash-attention authors judge t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from ..prefill import prefill
 from ..release import CACHED_TOKENS_LEFT_OUT, accepts
-from .models import SEED, Inputs, Model
+from .models import SEED, Model, Text
 
-Run = Callable[[Model, Inputs], Tensor]
+Run = Callable[[Model, Text], Tensor]
 
 ROWS = 3
 STEPS = 16
@@ -41,116 +42,112 @@ def deviation(a: Tensor, b: Tensor) -> float:
 # ways to run a model
 
 
-def in_one_call(model: Model, inputs: Inputs) -> Tensor:
+def in_one_call(model: Model, text: Text) -> Tensor:
     """Outputs of all positions."""
-    return model(inputs)[0]
+    return model(text)[0]
 
 
-def token_by_token(model: Model, inputs: Inputs, start: int, *, only_new: bool) -> Tensor:
+def token_by_token(model: Model, text: Text, start: int, *, only_new: bool, **options: Any) -> Tensor:
     """Outputs from position `start - 1` on, after one call for all before and one for each position more."""
-    out, cache = model(inputs.part(0, start))
+    out, cache = model(text.part(text.start, start), **options)
     found = [out[:, -1:]]
-    for end in range(start + 1, inputs.length + 1):
-        out, cache = continued(model, inputs, end - 1, end, cache, only_new=only_new)
+    for stop in range(start + 1, text.stop + 1):
+        out, cache = continued(model, text.part(text.start, stop), stop - 1, cache, only_new=only_new, **options)
         found.append(out)
     return torch.cat(found, dim=1)
 
 
-def in_chunks(model: Model, inputs: Inputs, size: int) -> Tensor:
+def in_chunks(model: Model, text: Text, size: int) -> Tensor:
     """Outputs of all positions, `size` of them in each call, by the public `prefill` where that takes the model."""
-    if model.is_language_model:
+    if model.takes_prefill:
         torch.manual_seed(SEED)
-        per_row: dict[str, Any] = dict(inputs.per_row)
-        return prefill(model.module, inputs.main, size, **per_row)[0]
-    out, cache = model(inputs.part(0, size))
+        per_row: dict[str, Any] = {name: each[text.rows] for name, each in text.per_row.items()}
+        return prefill(model.module, text.main, size, **per_row)[0]
+    out, cache = model(text.part(0, size))
     found = [out]
-    for start in range(size, inputs.length, size):
-        out, cache = continued(model, inputs, start, min(start + size, inputs.length), cache)
+    for start in range(size, text.stop, size):
+        out, cache = continued(model, text.part(0, min(start + size, text.stop)), start, cache)
         found.append(out)
     return torch.cat(found, dim=1)
 
 
 def continued(
-    model: Model,
-    inputs: Inputs,
-    start: int,
-    stop: int,
-    cache: Any,
-    *,
-    only_new: bool = CACHED_TOKENS_LEFT_OUT,
-    **options: Any,
+    model: Model, text: Text, start: int, cache: Any, *, only_new: bool = CACHED_TOKENS_LEFT_OUT, **options: Any
 ) -> tuple[Tensor, Any]:
-    """Outputs from `start` to `stop`, given a cache of all before; only these are passed, or all."""
-    options |= {"cache": cache, "cache_age": stop - start}
+    """Outputs from position `start` on, given a cache of all before; only these are passed, or all."""
+    options |= {"cache": cache, "cache_age": text.stop - start}
     if only_new:
         options["input_not_include_cache"] = True
     elif not model.is_wrapper and accepts("seq_pos_offset"):
         # upstream's layers count the cache again unless they are told
         options["seq_pos_offset"] = 0
-    return model(inputs.part(start if only_new else 0, stop), **options)
+    return model(text.part(start if only_new else text.start, text.stop), **options)
 
 
-def in_segments(model: Model, inputs: Inputs, sizes: list[int]) -> Tensor:
+def in_segments(model: Model, text: Text, sizes: Sequence[int]) -> Tensor:
     """Outputs of consecutive segments, each given the hidden states of those before."""
     found, start, mems = [], 0, None
-    keeps = {"return_mems": True} if model.reads_tokens else {}
     for size in sizes:
-        out, intermediates = model(inputs.part(start, start + size), mems=mems, **keeps)
+        out, mems = segment(model, text.part(start, start + size), mems)
         found.append(out)
         start += size
-        if keeps:
-            mems = intermediates.mems
-            continue
-        hiddens = intermediates.hiddens
-        mems = hiddens if mems is None else [torch.cat(pair, dim=-2) for pair in zip(mems, hiddens)]
-        if model.max_mem_len is not None:
-            mems = [each[:, -model.max_mem_len :] for each in mems]
     return torch.cat(found, dim=1)
 
 
-# how long the parts are
+def segment(model: Model, text: Text, mems: Any) -> tuple[Tensor, Any]:
+    """Outputs of a segment, and the hidden states for the next."""
+    if model.reads_tokens:
+        out, intermediates = model(text, mems=mems, return_mems=True)
+        return out, intermediates.mems
+    out, intermediates = model(text, mems=mems)
+    hiddens = intermediates.hiddens
+    mems = hiddens if mems is None else [torch.cat(pair, dim=-2) for pair in zip(mems, hiddens)]
+    return out, mems if model.max_mem_len is None else [each[:, -model.max_mem_len :] for each in mems]
 
 
-def ladder(length: int) -> tuple[int, ...]:
+# of which lengths
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths of a text, sizes of chunks and of segments, steps of decoding, and distances that positions move by."""
+
+    lengths: tuple[int, ...]
+    chunks: tuple[int, ...]
+    segments: tuple[tuple[int, ...], ...]
+    steps: int = STEPS
+    shifts: tuple[int, ...] = (1, 4_097, 1_000_000)
+
+
+def plan(model: Model, length: int) -> Plan:
     """Lengths from 1 to `length`, each about 5/8 of the next, so that odd and even ones both occur."""
     lengths = [length]
-    while lengths[-1] > 1:
-        lengths.append(lengths[-1] * 5 // 8)
-    return tuple(reversed(lengths))
-
-
-def part_sizes(length: int) -> tuple[int, ...]:
+    while lengths[0] > 1:
+        lengths.insert(0, lengths[0] * 5 // 8)
     # an even split, and an odd size that leaves a shorter last part
-    return (length // 4, length // 7 | 1)
-
-
-def segment_sizes(length: int, kept: int | None) -> Iterator[list[int]]:
-    """Segments of which none has more before it than are kept; at most `length` in all."""
-    for size in dict.fromkeys(part_sizes(length)):
-        longest = length if kept is None else min(length, kept + size)
-        sizes = [size] * (longest // size) + [longest % size] * (longest % size > 0)
-        if kept is None or sum(sizes[:-1]) <= kept:
-            yield sizes
-        elif kept > 0:
-            yield [min(kept, longest // 2)] * 2
-    if kept is not None and 0 < kept < length // 2:
-        yield [kept, kept]
+    chunks, segments, kept = (length // 4, length // 7 | 1), [], model.max_mem_len
+    for size in chunks:
+        # none may have more before it than are kept
+        n = length if kept is None else min(length, (kept // size + 1) * size)
+        segments.append((size,) * (n // size) + (n % size,) * (n % size > 0))
+    if kept is not None:
+        segments.append((min(kept, length // 2),) * 2)
+    return Plan(tuple(n for n in lengths if n >= model.min_keys), chunks, tuple(segments), min(STEPS, length // 2))
 
 
 class Case:
-    """A model, `ROWS` texts, of which all but one property read the first, and the tolerance of each way to run it."""
+    """A model, some texts, of which all but one property read the first, and the tolerance of each way to run it."""
 
-    def __init__(self, model: Model, texts: Inputs) -> None:
+    def __init__(self, model: Model, texts: Text, plan_: Plan | None = None) -> None:
         self.model, self.texts, self.max_len = model, texts, texts.length
-        self.inputs = texts.part(None, None, slice(0, 1))
-        self.lengths = tuple(length for length in ladder(self.max_len) if length >= model.min_keys)
-        self.steps = min(STEPS, self.max_len // 2)
+        self.text = texts.row(0)
+        self.plan = plan_ or plan(model, self.max_len)
         self._tolerances: dict[str, float] = {}
 
     @cached_property
     def full(self) -> Tensor:
         """The outputs of the whole text in one call."""
-        return in_one_call(self.model, self.inputs)
+        return in_one_call(self.model, self.text)
 
     @cached_property
     def plain(self) -> Case:
@@ -163,7 +160,7 @@ class Case:
         if self.model.no_cache:
             return False
         try:
-            in_parts = in_chunks(self.plain.model, self.inputs, self.max_len // 3)
+            in_parts = in_chunks(self.plain.model, self.text, max(1, self.max_len // 3))
             return deviation(in_parts, self.plain.full) <= self.tolerance("chunks")
         except Exception:  # whatever upstream refuses it with
             return False
@@ -173,7 +170,7 @@ class Case:
         model = self.model.duplicate()
         model.layers.rotary_pos_emb = None
         try:
-            return deviation(self.full, in_one_call(model, self.inputs)) > self.tolerance("calls")
+            return deviation(self.full, in_one_call(model, self.text)) > self.tolerance("calls")
         except Exception:  # with some options there is no doing without
             return True
 
@@ -186,29 +183,27 @@ class Case:
     def tolerance(self, way: str) -> float:
         """How far runs of this way may be apart: "calls", "rows", "decoding", "chunks" or "segments"."""
         if way not in self._tolerances:
-            length, start = self.max_len, self.max_len - self.steps
+            start = self.max_len - self.plan.steps
             every: dict[str, list[Run]] = {
                 "calls": [in_one_call],
                 "rows": [in_one_call],
                 "decoding": [partial(token_by_token, start=start, only_new=CACHED_TOKENS_LEFT_OUT)],
-                "chunks": [partial(in_chunks, size=size) for size in part_sizes(length)],
-                "segments": [
-                    partial(in_segments, sizes=each) for each in segment_sizes(length, self.model.max_mem_len)
-                ],
+                "chunks": [partial(in_chunks, size=size) for size in self.plan.chunks],
+                "segments": [partial(in_segments, sizes=sizes) for sizes in self.plan.segments],
             }
-            forced = self._forced(self.texts if way == "rows" else self.inputs, every[way])
+            forced = self._forced(self.texts if way == "rows" else self.text, every[way])
             self._tolerances[way] = forced if way == "calls" else max(forced, self.tolerance("calls"))
         return self._tolerances[way]
 
-    def _forced(self, inputs: Inputs, every: list[Run]) -> float:
+    def _forced(self, text: Text, every: list[Run]) -> float:
         """How far the model with plain rotary is from itself in float64, run in these ways, times the factor."""
         dtype = self.model.dtype
         measured = torch.float32 if dtype is torch.float64 else dtype
         model = self.model.with_plain_rotary(measured)
         exact, ratio = model.as_float64(), unit_roundoff(dtype) / unit_roundoff(measured) if model.is_flash else 1.0
-        inputs = inputs.to(model.device, measured)
-        exact_inputs = inputs.to(exact.device, torch.float64)
-        error = max(ratio * deviation(run(model, inputs), run(exact, exact_inputs)) for run in every)
+        text = text.to(model.device, measured)
+        exact_text = text.to(exact.device, torch.float64)
+        error = max(ratio * deviation(run(model, text), run(exact, exact_text)) for run in every)
         if not math.isfinite(error):
             # as a tolerance it would let everything pass
             raise ArithmeticError("the model with plain rotary in place of xPos is not finite")

@@ -19,7 +19,7 @@ from x_transformers.x_transformers import LayerIntermediates
 
 from ..release import rotated_pairs_first
 from . import formula
-from .models import SEED, Inputs, Model
+from .models import SEED, Model, Text
 from .runs import ROWS, Case
 
 DIM = 128
@@ -33,7 +33,7 @@ _QUERY_KEY_STD = 1.5
 _ANY = 2**31
 
 
-def texts(max_len: int) -> Inputs:
+def texts(max_len: int) -> Text:
     """`ROWS` texts of `max_len` bytes from the topics of Python's own help, each from another place on."""
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -41,13 +41,15 @@ def texts(max_len: int) -> Inputs:
         topics = {"": "xPos is the same at every length. "}
     content = "\n".join(topics[name] for name in sorted(topics)).encode()
     text = torch.tensor(list((content * (max_len // len(content) + 1))[:max_len]))
-    return Inputs(torch.stack([text.roll(-row * max_len // ROWS) for row in range(ROWS)]))
+    return Text(torch.stack([text.roll(-row * max_len // ROWS) for row in range(ROWS)]))
 
 
-def variant(case: Case, length: int | None = None, dtype: torch.dtype | None = None, **options: Any) -> Case:
+def variant(case: Case, length: int = _ANY, dtype: torch.dtype | None = None, **options: Any) -> Case:
     """The same texts, or less of them, and a model with these options of `build`, in the same or another dtype."""
     dtype = dtype or case.model.dtype
-    return Case(Model(build(**options).module.to(case.model.device, dtype)), case.texts.part(0, length))
+    return Case(
+        Model(build(**options).module.to(case.model.device, dtype)), case.texts.part(0, min(length, case.max_len))
+    )
 
 
 def build(*, flash: bool = True, depth: int = 2, **options: Any) -> Model:
@@ -122,7 +124,8 @@ def score_errors(
         # keys before the rotation
         q, k = (rotated_pairs_first(t, ROTARY_DIM) for t in (of_layer, layer.cached_kv[0][0]))
         exact, size = formula.scores(q, k, query_pos, key_pos, rotary_dim=ROTARY_DIM)
-        error = (found.detach().cpu().double() - exact).abs() / size.amax(dim=-1, keepdim=True)
-        error = error[:, query_pos[:, None] >= key_pos]
+        met = query_pos[:, None] >= key_pos
+        error = (found.detach().cpu().double() * DIM_HEAD**0.5 - exact).abs()
+        error = (error / size.where(met, 0.0).amax(dim=-1, keepdim=True))[:, met]
         errors.append(float(error.max()) if bool(error.isfinite().all()) else float("inf"))
     return errors

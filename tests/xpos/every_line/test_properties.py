@@ -1,0 +1,73 @@
+"""What a causal model's answer may not depend on: the properties of the check, on generated models of every line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import IS_OLDER, build, decoder_options, few, gradients, seeds, shifts, splits, tokens
+from ways import Exact, assert_equal_to_rounding, randn
+
+from x_transformers.xpos.checker import properties, runs
+from x_transformers.xpos.checker.models import Model, Text
+from x_transformers.xpos.checker.properties import Point, Property, deviation
+from x_transformers.xpos.checker.runs import Case, Plan
+from x_transformers.xpos.release import accepts
+
+# the older release raises a NameError whatever is called
+pytestmark = [pytest.mark.regression] * IS_OLDER
+
+
+def decoding_behind_mems(case: Case) -> Iterator[Point]:
+    """https://github.com/lucidrains/x-transformers/issues/233"""
+    for first, *_ in case.plan.segments:
+        _, mems = runs.segment(case.model, case.text.part(0, first), None)
+        rest = case.text.part(first, case.max_len)
+        for only_new in {False, accepts("input_not_include_cache")}:
+            out = runs.token_by_token(case.model, rest, first + 1, only_new=only_new, mems=mems)
+            yield Point(case.max_len, deviation(out, case.full[:, first:]))
+
+
+def prepended(case: Case) -> Iterator[Point]:
+    embedded, first = case.model.module.token_emb(case.text.main), case.plan.lengths[0]
+    out = case.model.module(case.text.part(first, case.max_len).main, prepend_embeds=embedded[:, :first])
+    yield Point(case.max_len, deviation(out, case.full))
+
+
+OF_WRAPPERS = [
+    Property("mems-cached", "one call, and decoding behind mems", decoding_behind_mems, "segments"),
+    Property("prepended", "one call, and its first embeddings prepended", prepended, "calls"),
+]
+OF_ANY = [prop for prop in properties.ALL if prop.variant is None and (not prop.needs or accepts(prop.needs))]
+
+
+def param(prop: Property):
+    fails = prop.key in ("prefix", "cached-whole", "cached-new", "chunked", "shift", "range")
+    return pytest.param(prop, id=prop.key, marks=[pytest.mark.regression] * fails)
+
+
+@pytest.mark.parametrize("prop", [param(prop) for prop in (*OF_ANY, *OF_WRAPPERS)])
+@few
+@given(decoder_options(max_mem_kv=3), seeds, seeds, splits(), shifts, st.booleans())
+def test_property(prop, options, seed, text_seed, lens, shift, alone):
+    # memory keys stay where they are when positions move, or padding comes before them
+    assume(prop.key != "range" or sum(lens) >= 8)  # else its limit is below 1
+    if prop.key in ("mems", "mems-cached", "shift", "padded"):
+        options["attn_num_mem_kv"] = 0
+    model = build(options, seed, max_mem_len=1024)
+    alone = alone and prop not in OF_WRAPPERS
+    data = randn(text_seed, 2, sum(lens), options["dim"]) if alone else tokens(text_seed, 2, sum(lens))
+    plan = Plan((lens[0], sum(lens)), (lens[-1],), (tuple(lens),), sum(lens[1:]), (-shift, shift))
+
+    assert not Exact(Model(model.attn_layers if alone else model), Text(data), plan).failure(prop)
+
+
+@given(decoder_options(), seeds, seeds, splits())
+def test_gradients_do_not_depend_on_what_follows(options, seed, data_seed, lens):
+    x = tokens(data_seed, 2, sum(lens))
+    model = build(options, seed).requires_grad_(True)
+
+    for prefix, full in zip(gradients(model, model(x[:, : lens[0]])), gradients(model, model(x)[:, : lens[0]])):
+        assert_equal_to_rounding(prefix, full)
