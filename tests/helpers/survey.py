@@ -26,17 +26,20 @@ from typing import Any
 
 import torch
 from loguru import logger
+from strategies import IS_OLDER, exact, softmax
 from torch import Tensor, nn
 from ways import Exact, message
 
-from x_transformers import Attention, Decoder, FeedForward, TransformerWrapper
-from x_transformers.x_transformers import AttentionLayers
+from x_transformers import Attention, Decoder, TransformerWrapper
+from x_transformers.x_transformers import AttentionLayers, FeedForward
 from x_transformers.xpos.checker import properties
 from x_transformers.xpos.checker.models import Model, Text
 from x_transformers.xpos.checker.properties import Point, Property
 from x_transformers.xpos.checker.runs import Plan, deviation
 
-BATCH, LENGTH, DIM, HEADS, DIM_HEAD, NUM_TOKENS, CONTEXT, CONDITION = 2, 13, 16, 2, 8, 12, 5, 12
+BATCH, LENGTH, DIM, HEADS, NUM_TOKENS, CONTEXT, CONDITION = 2, 13, 16, 2, 12, 5, 12
+# some of each head is not rotated
+DIM_HEAD, ROTATED = (48, 32) if IS_OLDER else (8, 6)
 # far enough that a center common to both rows leaves the range of float64: (1.4 / 0.4) ** (20,000 / 2 / 8) > 1.8e308
 SHIFTS = (-7, 4_000, 20_000)
 
@@ -536,11 +539,9 @@ def build(words: Options, rotary: Options) -> nn.Module:
         "depth": 2,
         "heads": HEADS,
         "attn_dim_head": DIM_HEAD,
-        # some of each head is not rotated
-        "rotary_emb_dim": 6,
-        # the default one works in float32, which would put a floor under what float64 can tell
-        "attn_custom_attn_fn": partial(torch.softmax, dim=-1),
-        "verbose": False,
+        "rotary_emb_dim": ROTATED,
+        # the default softmax works in float32, which would put a floor under what float64 can tell
+        **({} if IS_OLDER else {"attn_custom_attn_fn": softmax, "verbose": False}),
         **rotary,
         **{name: value for name, value in words.items() if not name.startswith("@")},
     }
@@ -549,7 +550,7 @@ def build(words: Options, rotary: Options) -> nn.Module:
     model = TransformerWrapper(
         num_tokens=NUM_TOKENS, max_seq_len=64, max_mem_len=64, attn_layers=layers(**given), **wrapper
     )
-    model = model.double().eval().requires_grad_(False)
+    model = exact(model.double().eval().requires_grad_(False))
     for name, parameter in model.named_parameters():
         # each drawn by its name, so that models that differ in one parameter share the others; all of them, since one
         # that starts at zero or one would hide what multiplies it; large enough that attention is far from uniform

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import survey
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import IS_OLDER, build, decoder_options, few, gradients, seeds, shifts, splits, tokens
@@ -71,3 +72,14 @@ def test_gradients_do_not_depend_on_what_follows(options, seed, data_seed, lens)
 
     for prefix, full in zip(gradients(model, model(x[:, : lens[0]])), gradients(model, model(x)[:, : lens[0]])):
         assert_equal_to_rounding(prefix, full)
+
+
+@pytest.mark.skipif(not IS_OLDER, reason="test_options.py has a test for each option, and what is found about it")
+def test_xpos_keeps_what_plain_rotary_has_with_every_option_of_the_older_line():
+    known = {name for name in survey.ENTRIES if name.startswith("wrapper.")} | {*survey.options()}
+    settings = [setting for name in survey.ENTRIES.keys() & known for setting in survey.ENTRIES[name].settings]
+    verdicts = {setting.name: survey.examine(setting) for setting in settings}
+
+    broken = [f"{name}: {note}" for name, (verdict, note) in verdicts.items() if verdict == survey.BROKEN]
+    assert not broken, broken
+    assert [verdict for verdict, _ in verdicts.values()].count(survey.HOLDS) > 75
