@@ -19,7 +19,7 @@ from x_transformers.xpos.checker.formula import angles, decays, rescaled_base
 _RECORD = provenance.read_record(Path(x_transformers.__file__).parent)
 PRISTINE = pristine_tree(Path("patches", _RECORD.line) if _RECORD is not None else LINE)
 # the package, and what of the tests builds models of it
-_ABOUT_THE_PACKAGE = ("x_transformers", "strategies", "survey")
+_ABOUT_THE_PACKAGE = ("x_transformers", "strategies", "survey", "ways")
 MODULES: dict[str, ModuleType] = {}
 
 

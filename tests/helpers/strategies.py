@@ -78,7 +78,7 @@ def decoder_options(draw: st.DrawFn, flash: bool | None = None, max_mem_kv: int 
     heads = draw(st.sampled_from([2, 4]))
     flash = draw(st.booleans()) if flash is None else flash
 
-    options = dict(
+    options: dict[str, Any] = dict(
         dim=draw(st.sampled_from([8, 16])),
         depth=draw(st.integers(1, 3)),
         heads=heads,

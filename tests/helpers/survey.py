@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from loguru import logger
-from strategies import IS_OLDER, exact, softmax
+from strategies import IS_OLDER, exact, gradients, softmax
 from torch import Tensor, nn
 from ways import Exact, message
 
 from x_transformers import Attention, Decoder, TransformerWrapper
 from x_transformers.x_transformers import AttentionLayers, FeedForward
-from x_transformers.xpos.checker import properties
+from x_transformers.xpos.checker import properties, runs
 from x_transformers.xpos.checker.models import Model, Text
 from x_transformers.xpos.checker.properties import Point, Property
 from x_transformers.xpos.checker.runs import Plan, deviation
@@ -692,6 +692,26 @@ def changes_something(setting: Setting) -> bool:
     except Exception:  # it cannot be done without
         return True
     return without.shape != found.full.shape or not deviation(without, found.full) <= found.tolerance("")
+
+
+def answers(case: Exact) -> list[Tensor]:
+    """What it gives in every way that it can be called, as far as it gets in each, and gradients."""
+    model, text, found = case.model, case.text, [case.full, *case.model.module.state_dict().values()]
+    by_row = {"pos": torch.arange(model.positions(LENGTH)) + torch.tensor([[3], [20_000]])}
+    ways: Sequence[Callable[[], Tensor]] = (
+        partial(runs.token_by_token, model, text, LENGTH - 3, only_new=False),
+        partial(runs.in_chunks, model, text, PLAN.chunks[0]),
+        partial(runs.in_segments, model, text, PLAN.segments[0]),
+        lambda: model(text, **by_row)[0],
+        lambda: model(text, seq_start_pos=torch.full((BATCH,), 4))[0],
+    )
+    for way in ways:
+        try:
+            found.append(way())
+        except Exception as error:  # it cannot do this with the option
+            found.append(torch.tensor(list(type(error).__name__.encode())))
+    out, _ = Surveyed(model.setting, model.module.requires_grad_(True))(text)
+    return [*found, *(gradients(model.module, out) if out.requires_grad else [])]
 
 
 # what was found about each option, and docs/options.md, which is made from it

@@ -48,6 +48,8 @@ def assert_equal_to_rounding(actual: Tensor, expected: Tensor, position: int = 0
 class Exact(Case):
     """A float64 model of which all rows are compared, to rounding."""
 
+    model: Any
+
     def __init__(self, model: Model, texts: Text, plan: Plan, *, in_float32: bool = False) -> None:
         super().__init__(model, texts, plan)
         self.text, self.in_float32 = texts, in_float32

@@ -248,10 +248,10 @@ def test_any_window_is_right_and_its_range_is_checked(options, seed, lens, start
     _, cache = model(x[:, : lens[0]], return_intermediates=True)
     new = dict(cache=cache, cache_age=sum(lens[1:]))
     expected = model(x, **new)
-    too_long = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float64) + 1
 
     for passed in (new, dict(new, pos=pos)):
         assert_equal_to_rounding(model(x, rotary_window=(start, window_len), **passed), expected)
+        too_long = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float64) + 1
         with pytest.raises(ValueError, match=f"{too_long} queries in one call"):
             model(x, rotary_window=(start, too_long), **passed)
 

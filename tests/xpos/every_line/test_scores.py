@@ -291,4 +291,4 @@ def test_without_a_decay_xpos_is_plain_rotary(options, seed, lens):
     text = Text(tokens(seed, 2, sum(lens)))
 
     for way in (partial(runs.in_segments, sizes=lens), partial(runs.in_chunks, size=lens[0])):
-        assert_equal_to_rounding(*(way(Model(model), text) for model in (with_xpos, plain)))
+        assert_equal_to_rounding(way(Model(with_xpos), text), way(Model(plain), text))
