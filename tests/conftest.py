@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 slow_inputs = [HealthCheck.too_slow, HealthCheck.data_too_large]
 common: dict[str, Any] = dict(deadline=None, suppress_health_check=slow_inputs, print_blob=True, derandomize=False)
 settings.register_profile("default", max_examples=60, **common)
-settings.register_profile("thorough", max_examples=1000, **common)
 
 # Where tests may be meant to fail the first failure is enough: nothing to shrink, to replay or to explain. The examples
 # are the same every time: what must fail may not depend on luck.
