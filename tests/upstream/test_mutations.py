@@ -1,4 +1,4 @@
-"""That every line of a series is needed: undoing any block of what it changes makes a test fail."""
+"""That every line of the series is needed: undoing any block of what it changes makes a test fail."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ import sys
 from pathlib import Path
 
 import pytest
-from trees import BACKPORT, FILES, LINE, ROOT, patched_tree, pristine_tree
+from trees import FILES, LINE, ROOT, patched_tree, pristine_tree
 
 pytestmark = pytest.mark.slow
 
 # in the order in which they are likely to tell, cheap ones first; then all others
 ORDER = [f"test_{name}.py" for name in ("scores", "features", "properties", "cache", "wrappers", "prefill", "options")]
 XPOS = sorted((ROOT / "tests" / "xpos").glob("test_*.py"), key=lambda path: [*ORDER, path.name].index(path.name))
-TESTS = {LINE: [*XPOS, ROOT / "tests" / "upstream" / "test_swap.py"], BACKPORT: [ROOT / "tests" / "xpos" / "line_1_27"]}
 
 
-def undone() -> dict[str, tuple[Path, str, str]]:
-    """A line, a patched file and its code with one block of changes undone, by the lines that the block has in it."""
+def undone() -> dict[str, str]:
+    """The patched files with one block of changes undone, by the file and the lines that the block has in it."""
     found = {}
-    for line, file in ((each, file) for each in TESTS for file in sorted(FILES[each])):
-        trees = pristine_tree(line), patched_tree(line)
+    for file in sorted(FILES[LINE]):
+        trees = pristine_tree(), patched_tree()
         old, new = ((tree / file).read_text(encoding="utf-8").splitlines(True) for tree in trees)
         for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
             # of a comment alone no test can tell
-            changed = [code.strip() for code in old[start:end] + new[new_start:new_end]]
-            if kind != "equal" and any(code and not code.startswith("#") for code in changed):
-                code = "".join(new[:new_start] + old[start:end] + new[new_end:])
-                found[f"{line.name} {file}:{new_start + 1}-{new_end}"] = line, file, code
+            changed = [line.strip() for line in old[start:end] + new[new_start:new_end]]
+            if kind != "equal" and any(line and not line.startswith("#") for line in changed):
+                lines = new[:new_start] + old[start:end] + new[new_end:]
+                found[f"{file}:{new_start + 1}-{new_end}"] = "".join(lines)
     return found
 
 
@@ -40,12 +39,11 @@ UNDONE = undone()
 
 @pytest.mark.parametrize("place", UNDONE)
 def test_without_these_lines_a_test_fails(place: str, tmp_path: Path) -> None:
-    line, file, code = UNDONE[place]
-    shutil.copytree(patched_tree(line) / "x_transformers", tmp_path / "x_transformers")
-    (tmp_path / file).write_text(code, encoding="utf-8")
+    shutil.copytree(patched_tree() / "x_transformers", tmp_path / "x_transformers")
+    (tmp_path / place.partition(":")[0]).write_text(UNDONE[place], encoding="utf-8")
 
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider"]
-    command += [f"--package={tmp_path}", *map(str, TESTS[line])]
+    command += [f"--package={tmp_path}", *map(str, XPOS), "tests/upstream/test_swap.py"]
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "quick"}
     result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     # a package that cannot even be imported is a usage error, or one of collection
