@@ -12,10 +12,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from pristine import pristine_imports
 from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository
 
 from x_transformers.x_transformers import RotaryEmbedding
@@ -46,15 +48,23 @@ def test_every_page_is_linked_from_readme() -> None:
 
 # a block of Python, and what it prints if a block without a language follows
 PYTHON = re.compile(r"^```python\n(.*?)^```\n(?:\n^```\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+BLOCKS = [pytest.param(name, *found, id=name) for name in TEXTS for found in PYTHON.findall(TEXTS[name])]
 
 
-BLOCKS = {f"{name} {n}": found for name, text in TEXTS.items() for n, found in enumerate(PYTHON.findall(text))}
-
-
-@pytest.mark.parametrize(("code", "printed"), BLOCKS.values(), ids=BLOCKS)
-def test_python_blocks_run_and_print_what_is_shown(code: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(code, {})
-    assert not printed or capsys.readouterr().out == printed
+@pytest.mark.parametrize(("document", "code", "shown"), BLOCKS)
+def test_python_blocks_run_and_print_what_is_shown(
+    document: str, code: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_upstream = document == "docs/upstream-bugs.md"
+    with pristine_imports() if of_upstream else nullcontext():
+        exec(code, {})
+    printed = capsys.readouterr().out
+    assert not shown or printed == shown
+    if of_upstream:  # what it does wrong, until it is mended, in two digits
+        said = re.findall("# prints (.*), should print", code)
+        numbers = [float(number) for each in said for number in each.split(" and ")]
+        assert [float(number) for number in printed.split()] == pytest.approx(numbers, rel=0.05)
+        assert numbers
 
 
 def test_limits_are_those_of_the_package() -> None:

@@ -25,13 +25,12 @@ def outcomes(tests: Path, tree: Path, directory: Path) -> dict[str, bool]:
 
 @pytest.mark.parametrize("part", TESTS_PATCHES)
 def test_tests_of_a_pull_request_fail_without_it_and_pass_with_it(part: str, tmp_path: Path) -> None:
-    *before, last = (tree for tree in TESTS_PATCHES if tree <= part)
-    for each in (*before, last):
+    parts = [each for each in TESTS_PATCHES if each <= part]
+    for each in parts:
         said = hatch_build.git_apply(TESTS_PATCHES[each].read_bytes(), tmp_path, "--apply", "--whitespace=error")
         assert said == (0, "")
-    trees = [tree_up_to(before[-1]) if before else pristine_tree(), tree_up_to(part)]
+    trees = [tree_up_to(parts[-2]) if parts[1:] else pristine_tree(), tree_up_to(part)]
     without, with_it = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in trees)
-
     assert with_it.keys() == without.keys()
     assert {*with_it.values()} == {True}
     message = " ".join(TESTS_PATCHES[part].read_text(encoding="utf-8").partition("---")[0].split())
