@@ -39,6 +39,13 @@ PARTS: dict[str, list[str]] = {part: names.split() for part, names in zip(_found
 TESTS_PATCHES = dict(zip("ABC", sorted((ROOT / LINE / "tests-for-upstream").glob("*.patch"))))
 
 
+def output(*command: object, **process: Any) -> str:
+    """What a process prints that succeeds."""
+    result = subprocess.run([*map(str, command)], text=True, capture_output=True, **process)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
 # builds
 
 
@@ -66,21 +73,16 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
-def call_backend(
-    hook: str, project: Path, out: Path, environment: Mapping[str, str], **process: Any
-) -> subprocess.CompletedProcess[str]:
-    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process."""
-    out.mkdir(parents=True, exist_ok=True)
+def backend(hook: str, out: Path) -> list[str]:
+    """The command that calls `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project."""
     call = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
-    command = [sys.executable, "-c", call, hook, str(out)]
-    return subprocess.run(command, cwd=project, env={**environment}, text=True, capture_output=True, **process)
+    out.mkdir(parents=True, exist_ok=True)
+    return [sys.executable, "-c", call, hook, str(out)]
 
 
 def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], **process: Any) -> Path:
     """The file that a successful build makes."""
-    result = call_backend(hook, project, out, environment, **process)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return out / result.stdout.splitlines()[-1]
+    return out / output(*backend(hook, out), cwd=project, env=environment, **process).splitlines()[-1]
 
 
 # trees: folders to be put on sys.path, with the package and the fork's own module

@@ -115,13 +115,6 @@ def test_an_sdist_builds_the_same_without_network_or_git(line: Line, project: Pa
     assert files.items() <= snapshot(unpacked).items()
 
 
-def edit(path: Path, pattern: str, replacement: str) -> None:
-    """Replace what the pattern matches in a file; it must match."""
-    text, count = re.subn(pattern, lambda _: replacement, path.read_text(encoding="utf-8"))
-    assert count, f"{pattern} is not in {path.name}"
-    path.write_text(text, encoding="utf-8")
-
-
 def test_what_the_tests_import_follows_the_checkout(
     offline: dict[str, str], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,12 +122,12 @@ def test_what_the_tests_import_follows_the_checkout(
     monkeypatch.setattr(os, "environ", offline)
     before, own = trees.patched_tree(), "x_transformers/xpos/limits.py"
     trees.set_series(project, {"0001-xval.patch": GOOD})
-    edit(project / own, r"\Z", "# edited\n")
+    (project / own).write_text("# edited\n", encoding="utf-8")
 
     after = trees.patched_tree()
     assert before != after == trees.patched_tree()
     assert (after / XVAL).read_bytes() == NEW + RELEASE[XVAL]
-    assert (after / own).read_bytes().endswith(b"# edited\n")
+    assert (after / own).read_bytes() == b"# edited\n"
 
 
 # where the sources lie, and the user's settings
@@ -203,9 +196,7 @@ def test_elsewhere_tests_pass_too(offline: dict[str, str], project: Path, tmp_pa
     environment.update(HOME=str(tmp_path / "nowhere"), TMPDIR=str(temporary), LC_ALL="C", COLUMNS="40", FORCE_COLOR="1")
     environment.update(PYTHONWARNINGS="error:::hatch_build,error:::trees")
     tests = [f"tests/repo/test_{name}.py" for name in ("build", "patches", "try_release")]
-    command = [sys.executable, "-m", "pytest", "-n0", *tests]
-    result = subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True, **NOT_ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr
+    trees.output(sys.executable, "-m", "pytest", "-n0", *tests, cwd=project, env=environment, **NOT_ROOT)
 
 
 # what a build refuses
@@ -235,11 +226,13 @@ def test_an_error_is_one_message_without_a_result_a_leftover_or_a_change(
     temporary.mkdir()
     environment = {**offline, "TMPDIR": str(temporary), "hook": "build_wheel"}
     if pattern:
-        edit(project / LINE / name, pattern, replacement)
+        text, count = re.subn(pattern, replacement, (project / LINE / name).read_text(encoding="utf-8"))
+        (project / LINE / name).write_text(text, encoding="utf-8")
+        assert count == 1
     else:
         environment[name] = replacement
-    files = snapshot(project)
-    result = trees.call_backend(environment.pop("hook"), project, out, environment)
+    command, files = trees.backend(environment.pop("hook"), out), snapshot(project)
+    result = subprocess.run(command, cwd=project, env=environment, text=True, capture_output=True)
     assert result.returncode != 0
     assert [*out.iterdir(), *temporary.iterdir()] == []
     assert snapshot(project) == files

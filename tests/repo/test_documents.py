@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from pristine import pristine_imports
-from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository
+from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository, output
 
 from x_transformers.x_transformers import RotaryEmbedding
 
@@ -129,7 +128,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     names = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
     hatch_build.write_files({name: (ROOT / name).read_bytes() for name in names if (ROOT / name).is_file()}, clone)
     make_repository(clone, "all")
-    subprocess.run([sys.executable, "-m", "venv", str(clone.parent / "venv")], check=True)
+    output(sys.executable, "-m", "venv", clone.parent / "venv")
     yield clone
     shutil.rmtree(clone.parent / "venv")  # a gigabyte, which pytest would keep
 
@@ -147,5 +146,4 @@ def test_commands(document: str, reader: Path) -> None:
     del variables["PIP_CONFIG_FILE"]
     variables.update({name: value for name, value in os.environ.items() if name.startswith("PIP_")})
     script = ["bash", "-e", "-u", "-o", "pipefail", "-c", "\n".join(lines).replace("<version>", "2.31.4")]
-    result = subprocess.run(script, cwd=reader, env=variables, text=True, capture_output=True)
-    assert result.returncode == 0, result.stdout[-10_000:]
+    output(*script, cwd=reader, env=variables)

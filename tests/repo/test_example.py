@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from trees import ROOT, pristine_tree
+from trees import ROOT, output, pristine_tree
 
 from examples import length_extrapolation as example
 
@@ -17,9 +16,8 @@ pytestmark = pytest.mark.slow
 
 def test_table_and_figure_show_every_line_upstream_agrees_and_a_second_run_does_not_train(tmp_path: Path) -> None:
     def run() -> str:
-        command = [sys.executable, str(ROOT / "examples" / "length_extrapolation.py"), "--quick"]
-        command += [f"--upstream={pristine_tree()}", f"--out={tmp_path}"]
-        return subprocess.run(command, text=True, capture_output=True, check=True).stdout
+        command = [sys.executable, ROOT / "examples" / "length_extrapolation.py", "--quick", f"--out={tmp_path}"]
+        return output(*command, f"--upstream={pristine_tree()}")
 
     table = run()
     labels = [line.label for line in example.lines(("none", "rotary"))]

@@ -6,13 +6,12 @@ In a virtual environment of its own, with the projects from the index, as a user
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from trees import LINE, PINNED
+from trees import LINE, PINNED, output
 
 pytestmark = pytest.mark.slow
 
@@ -61,15 +60,12 @@ def show(*values):
 
 def test_a_project_does_not_notice_the_swap(project: Path, tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    output(sys.executable, "-m", "venv", venv)
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     def run(*command: str) -> list[str]:
         # without the PYTHONPATH that would give the package that is tested
-        environment = {**os.environ, "PYTHONPATH": ""}
-        result = subprocess.run([str(python), *command], cwd=venv, env=environment, text=True, capture_output=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout.splitlines()
+        return output(python, *command, cwd=venv, env={**os.environ, "PYTHONPATH": ""}).splitlines()
 
     def pip(*arguments: str) -> list[str]:
         return run("-m", "pip", "--disable-pip-version-check", *arguments)
