@@ -8,8 +8,8 @@ Small byte-level models are trained on windows of N bytes of text, the source of
 with no positions, with rotary embeddings, with xPos, and with xPos and memory key / values. What they lose on text that
 was held out, in bits per byte, is measured in windows of 1 to 16 N.
 
-Stopped, by Ctrl-C or a kill, the same command goes on from the last checkpoint, and on a CPU ends with the same
-weights, bit for bit. Upstream is the release that the fork is made from; pip installs it into the folder `--out`.
+Trained models stay in the folder `--out`: stopped, the same command goes on with the next one. Upstream is the release
+that the fork is made from; pip installs it into that folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from tqdm import tqdm
 FACTORS = (1, 2, 4, 8, 16)
 DIM_HEAD, FF_MULT, NUM_MEM_KV = 32, 2, 4
 PEAK_LR, WARMUP, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 3e-3, 0.05, 0.1, (0.9, 0.95), 1.0
-SAVE_EVERY = 50  # steps, so what a kill costs
 BYTES_AT_ONCE = 8_192  # of an evaluation, so that memory does not depend on the length
 PIN = Path(__file__).resolve().parent.parent / "patches" / "2.x" / "upstream.txt"
 
@@ -166,23 +165,15 @@ def build(package: ModuleType, kind: str, settings: Settings, *, windowed: bool 
 
 
 def train(model: nn.Module, name: str, settings: Settings, text: Tensor, path: Path) -> nn.Module:
-    """Train it, or what is left of it to be trained, and leave the checkpoint in `path`."""
+    """Train it and leave its weights in `path`, or take what an earlier run has left there."""
+    if path.is_file():
+        model.load_state_dict(torch.load(path, map_location=settings.device, weights_only=True))
+        return model.eval()
+
     optimizer = torch.optim.AdamW(model.parameters(), PEAK_LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
     order = torch.Generator().manual_seed(settings.seed)
-    step = 0
-    if path.is_file():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and pickle raise whatever they stumble over
-            raise SystemExit(f"error: {path} is damaged ({error}); delete it, and that model is trained anew") from None
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        order.set_state(state["data_order"])
-        torch.set_rng_state(state["random"])
-        step = state["step"]
-
     model.train()
-    for done in tqdm(range(step + 1, settings.steps + 1), f"train {name}", initial=step, total=settings.steps):
+    for done in tqdm(range(1, settings.steps + 1), f"train {name}"):
         starts = torch.randint(len(text) - settings.length, (settings.batch, 1), generator=order)
         x = text[starts + torch.arange(settings.length + 1)].long().to(settings.device)
         part = done / settings.steps  # the learning rate goes linearly up, then linearly down
@@ -193,13 +184,11 @@ def train(model: nn.Module, name: str, settings: Settings, text: Tensor, path: P
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        if done % SAVE_EVERY == 0 or done == settings.steps:
-            weights, of_optimizer = model.state_dict(), optimizer.state_dict()
-            random = dict(data_order=order.get_state(), random=torch.get_rng_state())
-            # whoever reads the file, whenever this is killed, finds one state or the next
-            new = path.with_suffix(".new")
-            torch.save(dict(step=done, model=weights, optimizer=of_optimizer, **random), new)
-            new.replace(path)
+
+    # the file is whole, whenever this is killed
+    new = path.with_suffix(".new")
+    torch.save(model.state_dict(), new)
+    new.replace(path)
     return model.eval()
 
 

@@ -7,38 +7,32 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
-from trees import BACKPORT, LINE, copy_project, patched_tree, pristine_tree, provenance
+from trees import LINE, copy_project, patched_tree, pristine_tree, provenance
+
+# asserts in the helpers say what they compared, too; but those in `trees` give the build's own message
+HELPERS = {path.stem for path in Path(__file__).with_name("helpers").glob("*.py")}
+pytest.register_assert_rewrite(*HELPERS - {"trees"})
 
 # the models of the tests are so small that more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# building a model takes longer than Hypothesis expects of an input, and varies with the machine
-common: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
-    "print_blob": True,
-}
-
+# Building a model takes longer than Hypothesis expects of an input, and varies with the machine. Every run draws new
+# examples, under CI too, where Hypothesis's own profile, which these start from, would not.
+slow_inputs = [HealthCheck.too_slow, HealthCheck.data_too_large]
+common: dict[str, Any] = dict(deadline=None, suppress_health_check=slow_inputs, print_blob=True, derandomize=False)
 settings.register_profile("default", max_examples=60, **common)
-settings.register_profile("thorough", max_examples=1000, **common)
-# where tests may be meant to fail the first failure is enough: nothing to shrink, to replay or to explain
-briefly: dict[str, Any] = {
-    **common,
-    "print_blob": False,
-    "phases": [Phase.explicit, Phase.generate],
-    "database": None,
-    "report_multiple_bugs": False,
-    # the same examples every time: what must fail may not depend on luck
-    "derandomize": True,
-}
-settings.register_profile("quick", max_examples=10, **briefly)
-settings.register_profile("pristine", max_examples=60, **briefly)
 
-# what is about this repository, or compares two packages, is not collected for another package
+# Where tests may be meant to fail the first failure is enough: nothing to shrink, to replay or to explain. The examples
+# are the same every time: what must fail may not depend on luck.
+phases = [Phase.explicit, Phase.generate]
+common.update(print_blob=False, derandomize=True, phases=phases, database=None, report_multiple_bugs=False)
+settings.register_profile("quick", max_examples=10, **common)
+settings.register_profile("pristine", max_examples=60, **common)
+
+# what is about this repository, or compares two packages, is not collected for another package unless a file is named
 ABOUT_THE_CHECKOUT = {"repo", "tool", "upstream"}
 
-# tests of the package of another line; all others are about the default line's, with arguments that older ones lack
-LINE_OF_FOLDER = {"line_1_27": BACKPORT.name}
+# the line of the package that is tested; of tests for the older one there are only those in the folder every_line
 LINE_TESTED = pytest.StashKey[str]()
 
 
@@ -67,19 +61,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    folder = collection_path.parent.name
     elsewhere = config.getoption("pristine") or config.getoption("package")
-    of_line = LINE_OF_FOLDER.get(collection_path.parent.name, LINE.name)
-    if collection_path.parent.name == "every_line":
-        of_line = config.stash[LINE_TESTED]
-    about_the_checkout = collection_path.parent.name in ABOUT_THE_CHECKOUT
-    left_out = of_line != config.stash[LINE_TESTED] or (elsewhere and about_the_checkout)
+    left_out = folder != "every_line" and config.stash[LINE_TESTED] != LINE.name
+    left_out |= bool(elsewhere) and folder in ABOUT_THE_CHECKOUT
     return True if left_out and not collection_path.is_dir() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        mark = item.get_closest_marker("regression")
-        if mark is not None:
+        if mark := item.get_closest_marker("regression"):
             # for the report, from which test_regressions.py takes it
             item.user_properties.append(("regression", mark.args[0] if mark.args else "differs"))
 

@@ -1,4 +1,4 @@
-"""What a run of other tests, or of these on another package, gives."""
+"""What tests give that are run by tests: on another package, or other tests than these."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ class Outcome(NamedTuple):
     # of its mark `regression`, empty if it has none
     reason: str
     # the first line of what it failed with, None if it passed
-    failure: str | None
+    failure: str | None = None
 
 
 def run(directory: Path, *arguments: str, cwd: Path = ROOT, **variables: str) -> list[Outcome]:
     """The tests of another package; in one process, as others run beside it and most of the time goes into imports."""
     report = directory / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-n0", "--tb=no", f"--junitxml={report}", *arguments]
+    # without the cache, in which the run that started it keeps what failed last
+    command = [sys.executable, "-m", "pytest", "-n0", "--tb=no", "-p", "no:cacheprovider", f"--junitxml={report}"]
     environment = {**os.environ, **variables}
-    result = subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, check=False)
+    result = subprocess.run([*command, *arguments], cwd=cwd, env=environment, text=True, capture_output=True)
     assert result.returncode in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), result.stdout + result.stderr
     found = []
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         reason = "".join(prop.get("value", "") for prop in case.iter("property") if prop.get("name") == "regression")
-        messages = [child.get("message", "").splitlines()[0] for child in case if child.tag in ("failure", "error")]
-        name = f"{case.get('classname')}::{case.get('name')}"
-        found.append(Outcome(name, reason, messages[0] if messages else None))
+        failures = [child.get("message", "").splitlines()[0] for child in case if child.tag in ("failure", "error")]
+        found.append(Outcome(f"{case.get('classname')}::{case.get('name')}", reason, *failures[:1]))
     return found

@@ -1,4 +1,4 @@
-"""Helpers of the packaging tests: a copy of the project, builds of it in a process of their own, small patches."""
+"""The repository as tests use it: copies and builds of it, trees to import the package from, git and patches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # for modules that no wheel has; the `x_transformers` of the repository has no `__init__`, so any package goes before it
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -22,31 +23,41 @@ import hatch_build as hatch_build
 
 provenance = hatch_build.provenance
 
-ROOT = Path(__file__).parents[2]
-LINE = Path("patches", "2.x")
-BACKPORT = Path("patches", "1.27.x")
-# the parts of the default line's series: three pull requests, each on top of the one before it, and the fork's own
-PARTS = ("A", "B", "C", "fork")
-# the tests that go upstream with each of the first three
-TESTS_PATCHES = dict(zip("ABC", sorted((ROOT / LINE / "tests-for-upstream").glob("*.patch"))))
+ROOT = hatch_build.CHECKOUT
+LINE, BACKPORT = Path("patches", "2.x"), Path("patches", "1.27.x")
+# the upstream release of each, as pip names it
+PINNED = {line: (ROOT / line / "upstream.txt").read_text(encoding="utf-8").split()[0] for line in (LINE, BACKPORT)}
 # what the series change: one file, and single lines or an argument of two more in the default line
 ONLY_FILE = "x_transformers/x_transformers.py"
-FILES = {
-    BACKPORT: {ONLY_FILE},
-    LINE: {ONLY_FILE, "x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"},
-}
+MORE_FILES = {"x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"}
+FILES = {BACKPORT: {ONLY_FILE}, LINE: {ONLY_FILE, *MORE_FILES}}
 
-_PROJECT = ("pyproject.toml", "hatch_build.py", ".gitignore", "README.md", "LICENSE", "CHANGELOG.md", "constraints.txt")
-_DROPPINGS = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
-_CALL_BACKEND = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
+# the parts of the default line's series, each below a comment in it: three pull requests (A, B, C) and the fork's own
+_, *_found = re.split(r"^# (\w+).*\n", (ROOT / LINE / "series").read_text(encoding="utf-8"), flags=re.MULTILINE)
+PARTS: dict[str, list[str]] = {part: names.split() for part, names in zip(_found[::2], _found[1::2])}
+# the tests that go upstream with each pull request
+TESTS_PATCHES = dict(zip("ABC", sorted((ROOT / LINE / "tests-for-upstream").glob("*.patch"))))
+
+
+def output(*command: object, **process: Any) -> str:
+    """What a process prints that succeeds."""
+    result = subprocess.run([*map(str, command)], text=True, capture_output=True, **process)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+# builds
 
 
 def copy_project(directory: Path) -> Path:
     """The files of the repository that a build reads."""
+    droppings = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
     for folder in ("patches", "tests", "x_transformers/xpos"):
-        shutil.copytree(ROOT / folder, directory / folder, ignore=_DROPPINGS)
-    for name in _PROJECT:
+        shutil.copytree(ROOT / folder, directory / folder, ignore=droppings)
+    for name in ("pyproject.toml", "hatch_build.py", "constraints.txt", ".gitignore"):
         shutil.copyfile(ROOT / name, directory / name)
+    for path in ROOT.glob("[A-Z]*"):  # README.md, LICENSE, CHANGELOG.md
+        shutil.copyfile(path, directory / path.name)
     return directory
 
 
@@ -62,74 +73,42 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
-def offline(wheelhouse: Path, **variables: str) -> dict[str, str]:
-    """An environment whose pip has nothing but the wheelhouse."""
-    # pip splits it at spaces, of which a URI has none
-    return clean_environment(PIP_NO_INDEX="1", PIP_FIND_LINKS=wheelhouse.as_uri(), **variables)
-
-
-def call_backend(
-    hook: str, project: Path, out: Path, environment: Mapping[str, str], before: Callable[[], object] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Call `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project, in a process.
-
-    The process calls `before` first.
-    """
+def backend(hook: str, out: Path) -> list[str]:
+    """The command that calls `build_wheel`, `build_sdist` or `build_editable` as a front end does: in the project."""
+    call = "import sys, hatchling.build; print(getattr(hatchling.build, sys.argv[1])(sys.argv[2]))"
     out.mkdir(parents=True, exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", _CALL_BACKEND, hook, str(out)],
-        cwd=project,
-        env=dict(environment),
-        text=True,
-        capture_output=True,
-        check=False,
-        preexec_fn=before,
-    )
+    return [sys.executable, "-c", call, hook, str(out)]
 
 
-def build(
-    hook: str, project: Path, out: Path, environment: Mapping[str, str], before: Callable[[], object] | None = None
-) -> Path:
+def build(hook: str, project: Path, out: Path, environment: Mapping[str, str], **process: Any) -> Path:
     """The file that a successful build makes."""
-    result = call_backend(hook, project, out, environment, before)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return out / result.stdout.splitlines()[-1]
+    return out / output(*backend(hook, out), cwd=project, env=environment, **process).splitlines()[-1]
+
+
+# trees: folders to be put on sys.path, with the package and the fork's own module
 
 
 def pristine_tree(line: Path = LINE) -> Path:
-    """A folder with the unpatched pinned release and the fork's own module, to be put on sys.path."""
+    """The unpatched pinned release."""
     return built_tree(line, ())
 
 
-def series_part(part: str) -> list[str]:
-    """The names of the default line's patches below the comment in `series` that begins a part."""
-    names: dict[str, list[str]] = {}
-    for line in (ROOT / LINE / "series").read_text(encoding="utf-8").splitlines():
-        if line.startswith("#"):
-            last = names.setdefault(line.split()[1], [])
-        else:
-            last.append(line)
-    assert tuple(names) == PARTS
-    return names[part]
+def patched_tree(line: Path = LINE) -> Path:
+    """The package of a line, for tests to run on."""
+    return built_tree(line, hatch_build.read_series(ROOT / line))
 
 
 def tree_up_to(last: str) -> Path:
-    """The same with the parts of the default line's series up to one of them."""
-    parts = PARTS[: PARTS.index(last) + 1]
-    return built_tree(LINE, [name for part in parts for name in series_part(part)])
-
-
-def patched_tree(line: Path = LINE) -> Path:
-    """The same with the patches of the line: its package, for tests to run on."""
-    return built_tree(line, hatch_build.read_series(ROOT / line))
+    """The default line's series up to the end of one of its parts."""
+    return built_tree(LINE, [name for part in PARTS if part <= last for name in PARTS[part]])
 
 
 def built_tree(line: Path, series: Sequence[str]) -> Path:
     """What the hook builds from these patches of a line; in pytest's cache until one of its inputs changes."""
     patches = {name: (ROOT / line / name).read_bytes() for name in series}
-    inputs = [ROOT / "hatch_build.py", package_root(ROOT, line) / "pyproject.toml", ROOT / line / "upstream.txt"]
-    inputs.append(ROOT / "README.md")  # which is part of the metadata
-    inputs += sorted((ROOT / "x_transformers" / "xpos").rglob("*.py"))
+    # README is part of the metadata
+    inputs = [ROOT / "hatch_build.py", ROOT / "README.md", ROOT / line / "upstream.txt"]
+    inputs += [package_root(ROOT, line) / "pyproject.toml", *sorted((ROOT / "x_transformers" / "xpos").rglob("*.py"))]
     content = b"".join([*(path.name.encode() + path.read_bytes() for path in inputs), *patches.values()])
     cache = ROOT / ".pytest_cache" / "trees"
     tree = cache / f"{line.name}-{len(series)}-{provenance.sha256(content)[:16]}"
@@ -140,7 +119,7 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         project = copy_project(Path(temporary, "project"))
-        set_series(project, patches, line=line)
+        set_series(project, patches, line)
         wheel = build("build_wheel", package_root(project, line), Path(temporary, "wheel"), os.environ)
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(Path(temporary, "tree"))
@@ -152,6 +131,36 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
                 shutil.rmtree(old)
     assert tree.is_dir()
     return tree
+
+
+# files, patches and git
+
+
+def release_files(line: Path = LINE) -> dict[str, bytes]:
+    """The modules of the unpatched release, by path."""
+    package = pristine_tree(line) / "x_transformers"
+    return {f"x_transformers/{path.name}": path.read_bytes() for path in package.glob("*.py")}
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file below the directory but Python's bytecode."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+
+
+def make_patch(path: str, old: bytes | None, new: bytes | None) -> bytes:
+    """A patch of one file, None meaning that it does not exist."""
+    before, after = ((content or b"").decode().splitlines(keepends=True) for content in (old, new))
+    names = ["/dev/null" if content is None else f"{side}/{path}" for side, content in zip("ab", (old, new))]
+    return "".join(difflib.unified_diff(before, after, names[0], names[1])).encode()
+
+
+def set_series(project: Path, patches: Mapping[str, bytes], line: Path = LINE) -> None:
+    """Replace the patches of the project."""
+    for old in (project / line).glob("*.patch"):
+        old.unlink()
+    hatch_build.write_files(patches, project / line)
+    (project / line / "series").write_text("".join(f"{name}\n" for name in patches), encoding="utf-8")
 
 
 # of who commits
@@ -171,42 +180,3 @@ def make_repository(repository: Path, subject: str) -> None:
     """A git repository of the files in a folder, in one commit."""
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", subject]):
         assert git(repository, *command).returncode == 0
-
-
-def make_patch(path: str, old: bytes | None, new: bytes | None) -> bytes:
-    """A patch of one file, None meaning that it does not exist; minimal, but of the form of git format-patch."""
-    diff = difflib.unified_diff(
-        (old or b"").decode().splitlines(keepends=True),
-        (new or b"").decode().splitlines(keepends=True),
-        "/dev/null" if old is None else f"a/{path}",
-        "/dev/null" if new is None else f"b/{path}",
-    )
-    mode = "new file mode 100644\n" if old is None else "deleted file mode 100644\n" if new is None else ""
-    head = f"From {'0' * 40} Mon Sep 17 00:00:00 2001\nFrom: A <a@example.org>\nSubject: [PATCH] Change a file\n\n"
-    return f"{head}---\n\ndiff --git a/{path} b/{path}\n{mode}{''.join(diff)}".encode()
-
-
-def set_series(project: Path, patches: Mapping[str, bytes], line: Path = LINE) -> None:
-    """Replace the patches of the project."""
-    for old in (project / line).glob("*.patch"):
-        old.unlink()
-    for name, content in patches.items():
-        (project / line / name).write_bytes(content)
-    (project / line / "series").write_text("".join(f"{name}\n" for name in patches), encoding="utf-8")
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    """Every file below the directory but Python's bytecode."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-def edit(path: Path, pattern: str, replacement: str) -> None:
-    """Replace what the pattern matches in a file; it must match."""
-    text = path.read_text(encoding="utf-8")
-    new, count = re.subn(pattern, lambda _: replacement, text)
-    assert count, f"{pattern} is not in {path.name}"
-    path.write_text(new, encoding="utf-8")

@@ -9,36 +9,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from trees import (
-    BACKPORT,
-    FILES,
-    LINE,
-    ONLY_FILE,
-    ROOT,
-    TESTS_PATCHES,
-    git,
-    hatch_build,
-    make_repository,
-    pristine_tree,
-    series_part,
-)
+import trees
+from trees import BACKPORT, FILES, LINE, ONLY_FILE, PARTS, ROOT, TESTS_PATCHES, git, hatch_build
 
 SERIES = {line: [ROOT / line / name for name in hatch_build.read_series(ROOT / line)] for line in (BACKPORT, LINE)}
 PATCHES = [*SERIES[BACKPORT], *SERIES[LINE]]
 
+# of what is added, in lines that are not blank and in characters: the first patch is the threading alone
+MOST_ADDED = {"A": (40, 3_050), "B": (45, 3_390), "C": (85, 5_150), "fork": (8, 600), "first": (18, 1_200)}
+READ_AT_ONCE = {**PARTS, "first": PARTS["A"][:1]}
 # a backport is trusted at a glance, and what upstream's author reads once has lines no wider than those around it
 MOST_CHANGED_LINES = 45
 WIDE = 120
-# of what the parts add, in lines that are not blank and in characters
-MOST_ADDED = {"A": (40, 3_050), "B": (45, 3_390), "C": (85, 5_150), "fork": (8, 600)}
-
-each_line = pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 
 
 def message(patch: Path) -> tuple[str, str]:
     """The subject and the reason, what comes before the diff."""
-    content = patch.read_bytes()
-    mail = email.message_from_bytes(content, policy=email.policy.default)
+    mail = email.message_from_bytes(patch.read_bytes(), policy=email.policy.default)
     subject = re.sub(r"^\[PATCH[^]]*\]\s*", "", " ".join(mail["Subject"].split()))
     return subject, re.split(r"^(?:---|diff --git .*)\n", mail.get_content(), flags=re.MULTILINE)[0]
 
@@ -51,33 +38,29 @@ def changed(patches: Iterable[Path], signs: str = "+") -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-@each_line
-def test_series_names_all_patches_in_numeric_order(line: Path) -> None:
-    text = (ROOT / line / "series").read_text(encoding="utf-8")
-    # `git quiltimport` leaves out a last line without its end
-    assert text.endswith("\n")
-    assert sorted(SERIES[line]) == sorted((ROOT / line).glob("*.patch"))
-    assert [patch.name[:5] for patch in SERIES[line]] == [f"{n:04}-" for n in range(1, len(SERIES[line]) + 1)]
-
-
-@each_line
+@pytest.mark.parametrize("line", SERIES, ids=lambda line: line.name)
 def test_git_am_gives_what_the_build_gives(line: Path, tmp_path: Path) -> None:
-    release, repository = hatch_build.fetch_release(ROOT / line / "upstream.txt"), tmp_path / "upstream"
-    hatch_build.write_files(release.files, repository)
-    make_repository(repository, "the pinned release")
+    # all patches in numeric order; `git quiltimport` leaves out a last line without its end
+    assert SERIES[line] == sorted((ROOT / line).glob("*.patch"))
+    assert [patch.name[:5] for patch in SERIES[line]] == [f"{n:04}-" for n in range(1, len(SERIES[line]) + 1)]
+    assert (ROOT / line / "series").read_text(encoding="utf-8").endswith("\n")
+
+    release, repository = trees.release_files(line), tmp_path / "upstream"
+    hatch_build.write_files(release, repository)
+    trees.make_repository(repository, "the pinned release")
     result = git(repository, "am", *map(str, SERIES[line]))
     # not a word about whitespace, a three-way merge or a fuzz
     assert (result.returncode, result.stderr) == (0, "")
-
     applied = {path: (repository / path).read_bytes() for path in git(repository, "ls-files").stdout.split()}
-    assert applied == hatch_build.apply_series(release.files, hatch_build.read_patches(ROOT / line))
-    assert {*git(repository, "diff", "--name-only", ":/the pinned release").stdout.split()} == FILES[line]
+    assert applied == hatch_build.apply_series(release, hatch_build.read_patches(ROOT / line))
+    assert {path for path in applied if applied[path] != release.get(path)} == FILES[line]
     subjects = git(repository, "log", "--reverse", "--format=%s").stdout.splitlines()[1:]
     assert subjects == [message(patch)[0] for patch in SERIES[line]]
 
 
-def test_a_backport_is_small() -> None:
+def test_a_backport_is_small_and_the_first_patch_changes_one_file() -> None:
     assert len(changed(SERIES[BACKPORT], "+-")) <= MOST_CHANGED_LINES
+    assert re.findall(r"^diff --git a/(\S+)", SERIES[LINE][0].read_text(encoding="utf-8"), re.MULTILINE) == [ONLY_FILE]
 
 
 def share_of_wide(lines: Iterable[str]) -> float:
@@ -87,32 +70,19 @@ def share_of_wide(lines: Iterable[str]) -> float:
 
 
 def test_lines_are_no_wider_than_upstreams() -> None:
-    upstream = (pristine_tree() / ONLY_FILE).read_text(encoding="utf-8").splitlines()
-    assert share_of_wide(changed(PATCHES)) <= share_of_wide(upstream)
+    assert share_of_wide(changed(PATCHES)) <= share_of_wide(trees.release_files()[ONLY_FILE].decode().splitlines())
 
 
-@pytest.mark.parametrize("part", MOST_ADDED)
+@pytest.mark.parametrize("part", READ_AT_ONCE)
 def test_a_part_is_small_and_its_pull_request_says_how_much_it_adds(part: str) -> None:
-    lines = changed(ROOT / LINE / name for name in series_part(part))
+    lines = changed(ROOT / LINE / name for name in READ_AT_ONCE[part])
     added = len(lines), sum(map(len, lines))
     assert all(count <= most for count, most in zip(added, MOST_ADDED[part]))
-    if part != "fork":
+    if part in TESTS_PATCHES:
         text = (ROOT / LINE / "pull-requests" / f"{part}.md").read_text(encoding="utf-8")
         assert f"{added[0]} lines, {added[1]:,} characters" in " ".join(text.split())
-
-
-def test_the_first_patch_is_the_threading_alone() -> None:
-    first = SERIES[LINE][0]
-    lines = changed([first])
-    assert len(lines) <= 18
-    assert sum(map(len, lines)) <= 1_200
-    assert re.findall(r"^diff --git a/(\S+)", first.read_text(encoding="utf-8"), re.MULTILINE) == [ONLY_FILE]
-
-
-def test_no_private_calls_of_torch_in_what_comes_before_speed() -> None:
-    assert not [
-        line for line in changed(ROOT / LINE / n for n in series_part("A") + series_part("B")) if "torch._C" in line
-    ]
+    # private calls of torch are about speed
+    assert part == "C" or not any("torch._C" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +95,5 @@ def test_is_a_commit_with_a_reason_and_exports_again_without_noise(patch: Path) 
     assert 0 < len(subject) <= (72 if patch in TESTS_PATCHES.values() else 52)
     assert not subject.endswith(".")
     assert len(reason.split()) >= 20, "a patch says why it exists"
-    content = patch.read_bytes()
-    assert content.startswith(b"From " + b"0" * 40 + b" ")
-    assert not re.search(rb"^-- \n\d+\.\d+", content, flags=re.MULTILINE)
-    assert b"\r" not in content
-    assert content.endswith(b"\n")
+    assert re.fullmatch(rb"From 0{40} [^\r]*\n", patch.read_bytes())
+    assert not re.search(rb"^-- \n\d+\.\d+", patch.read_bytes(), flags=re.MULTILINE)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
-from trees import ROOT, patched_tree
+from trees import ROOT, output, patched_tree
+
+from patches.try_release import PROPERTIES
 
 pytestmark = pytest.mark.slow
 
 # upstream claims Python 3.9, where importing it is a TypeError; torch-einops-utils, a dependency of it, wants torch 2.5
 OLDEST, NEWEST = ("3.10", "torch==2.5.0"), (f"3.{sys.version_info.minor}", "torch")
-TESTS = ["test_properties.py", "test_scores.py", "test_cache.py", "test_prefill.py"]
+TESTS = [*PROPERTIES, "tests/xpos/test_cache.py", "tests/xpos/test_prefill.py"]
 NEEDED_BY_TESTS = ["hatchling", "hypothesis", "pip", "pytest", "pytest-xdist", "tqdm"]
 
 
@@ -29,12 +31,7 @@ def interpreter(version: str) -> str:
 def test_properties_hold(version: str, torch: str) -> None:
     uv = Path(sys.executable).with_name("uv")
     environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
-
-    def run(*command: str | Path) -> str:
-        result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
-        assert result.returncode == 0, f"{command}\n{result.stdout[-4000:]}{result.stderr[-4000:]}"
-        return result.stdout
-
+    run = partial(output, cwd=ROOT, env=environment)
     # not in tmp_path, which pytest keeps: torch with CUDA takes 5 GB
     with tempfile.TemporaryDirectory() as venv:
         python = Path(venv, "bin", "python")
@@ -43,6 +40,5 @@ def test_properties_hold(version: str, torch: str) -> None:
         found = run(python, "-c", "import platform, torch; print(platform.python_version(), torch.__version__)")
         assert found.startswith(f"{version}.")
         assert f" {torch.partition('==')[2]}" in found
-        tests = [f"tests/xpos/{name}" for name in TESTS]
-        passed = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--package={patched_tree()}", *tests)
+        passed = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--package={patched_tree()}", *TESTS)
     print(f"Python and torch {found.strip()}: {passed.splitlines()[-1]}")

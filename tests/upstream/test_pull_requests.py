@@ -13,28 +13,24 @@ import pytest
 import torch
 from outcomes import run
 from pristine import pristine_imports
-from trees import LINE, PARTS, ROOT, TESTS_PATCHES, built_tree, hatch_build, pristine_tree, tree_up_to
-
-import x_transformers
-
-FORK = Path(x_transformers.__file__).parent.parent
+from trees import LINE, PARTS, ROOT, TESTS_PATCHES, built_tree, hatch_build, patched_tree, pristine_tree, tree_up_to
 
 
 def outcomes(tests: Path, tree: Path, directory: Path) -> dict[str, bool]:
     """Whether each test of a folder passes on the package in a tree."""
     # not from the repository itself, whose own package would be found first
-    alone = ("-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests}", str(tests))
+    alone = ("-c", os.devnull, f"--rootdir={tests}", str(tests))
     return {name: failure is None for name, _, failure in run(directory, *alone, cwd=directory, PYTHONPATH=str(tree))}
 
 
 @pytest.mark.parametrize("part", TESTS_PATCHES)
 def test_tests_of_a_pull_request_fail_without_it_and_pass_with_it(part: str, tmp_path: Path) -> None:
-    for each in "ABC"[: "ABC".index(part) + 1]:
+    parts = [each for each in TESTS_PATCHES if each <= part]
+    for each in parts:
         said = hatch_build.git_apply(TESTS_PATCHES[each].read_bytes(), tmp_path, "--apply", "--whitespace=error")
         assert said == (0, "")
-    before = pristine_tree() if part == "A" else tree_up_to(PARTS[PARTS.index(part) - 1])
-    without, with_it = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in (before, tree_up_to(part)))
-
+    trees = [tree_up_to(parts[-2]) if parts[1:] else pristine_tree(), tree_up_to(part)]
+    without, with_it = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in trees)
     assert with_it.keys() == without.keys()
     assert {*with_it.values()} == {True}
     message = " ".join(TESTS_PATCHES[part].read_text(encoding="utf-8").partition("---")[0].split())
@@ -42,20 +38,15 @@ def test_tests_of_a_pull_request_fail_without_it_and_pass_with_it(part: str, tmp
     # a cache is a value before it is appended to, and has to stay one
     assert f"All {failed} fail without" in message or f"{failed} of these {failed + 1} fail" in message
 
-
-def test_the_first_patch_alone_gives_one_center_to_each_row_of_queries(tmp_path: Path) -> None:
-    assert hatch_build.git_apply(TESTS_PATCHES["A"].read_bytes(), tmp_path, "--apply") == (0, "")
-    first = built_tree(LINE, hatch_build.read_series(ROOT / LINE)[:1])
-    without, alone = (outcomes(tmp_path / "tests", tree, tmp_path) for tree in (pristine_tree(), first))
-
-    ended = {name.partition("::test_xpos_")[2] for name in alone if alone[name] > without[name]}
-    assert ended == {"decoding_on_a_long_context", "rows_with_their_own_positions"}
+    if part == "A":  # its first patch alone gives one center to each row of queries
+        alone = outcomes(tmp_path / "tests", built_tree(LINE, PARTS["A"][:1]), tmp_path)
+        ended = {name.partition("::test_xpos_")[2] for name in alone if alone[name] > without[name]}
+        assert ended == {"decoding_on_a_long_context", "rows_with_their_own_positions"}
 
 
-# the code of each reproduction in the texts of the pull requests, and what stays as it is for the text itself
-TEXTS = {part: (ROOT / LINE / "pull-requests" / f"{part}.md").read_text(encoding="utf-8") for part in "ABC"}
-QUOTED = "\n".join(TEXTS.values())
-REPRODUCTIONS = [textwrap.dedent(c) for c in re.findall(r"^ *```python\n(.*?)^ *```", QUOTED, re.DOTALL | re.MULTILINE)]
+# the code of each reproduction in the texts of the pull requests
+TEXTS = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / LINE / "pull-requests").glob("?.md")))
+REPRODUCTIONS = [textwrap.dedent(c) for c in re.findall(r"^ *```python\n(.*?)^ *```", TEXTS, re.DOTALL | re.MULTILINE)]
 
 
 def prints(code: str) -> str:
@@ -70,7 +61,7 @@ def prints(code: str) -> str:
 
 
 def test_all_patches_but_those_on_speed_and_shards_have_a_reproduction() -> None:
-    names = re.findall(r"^\d\. .*\((\d{4})\)$", QUOTED, re.MULTILINE)
+    names = re.findall(r"^\d\. .*\((\d{4})\)$", TEXTS, re.MULTILINE)
     assert names == ["0001", "0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0012"]
     assert len(REPRODUCTIONS) == len(names)
 
@@ -98,7 +89,6 @@ def test_upstreams_own_tests_give_what_they_give_on_the_unpatched_release(
     clone = request.config.getoption("upstream")
     if clone is None:
         pytest.skip("needs a clone of upstream's repository, which no release contains: --upstream DIR")
-    patched = outcomes(clone / "tests", FORK, tmp_path)
-
+    patched, pristine = (outcomes(clone / "tests", tree, tmp_path) for tree in (patched_tree(), pristine_tree()))
     assert len(patched) > 100
-    assert patched == outcomes(clone / "tests", pristine_tree(), tmp_path)
+    assert patched == pristine
