@@ -273,6 +273,7 @@ def test_the_limit_is_the_same_for_every_rotated_dim(dtype, scale_base):
     longest = limit(dtype, scale_base)
     for dim in (32, 64) if IS_OLDER else (4, 32, 64):
         rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base)
+        rotary(torch.arange(1))  # where it raises a NameError, that is what to say
         assert rotary.max_xpos_queries(dtype) == longest
         # the first scale of a window of so many is the last that is in range
         for queries, finite in ((longest, True), (longest + 1, False)):
