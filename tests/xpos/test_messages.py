@@ -32,15 +32,11 @@ LIMIT, LENGTH = 71, 100
 # models, and calls of them
 
 
-def of_layers(wrapper: Callable[..., nn.Module], **sizes: Any) -> Callable[[nn.Module], nn.Module]:
-    return lambda layers: wrapper(**sizes, max_seq_len=1024, attn_layers=layers)
-
-
-OF_LAYERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "Decoder": lambda layers: layers,
-    "TransformerWrapper": of_layers(TransformerWrapper, num_tokens=50),
-    "ContinuousTransformerWrapper": of_layers(ContinuousTransformerWrapper, dim_in=32, dim_out=32),
-    "MultiInputTransformerWrapper": of_layers(MultiInputTransformerWrapper, num_tokens=dict(a=50)),
+OF_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "Decoder": lambda attn_layers, max_seq_len: attn_layers,
+    "TransformerWrapper": partial(TransformerWrapper, num_tokens=50),
+    "ContinuousTransformerWrapper": partial(ContinuousTransformerWrapper, dim_in=32, dim_out=32),
+    "MultiInputTransformerWrapper": partial(MultiInputTransformerWrapper, num_tokens=dict(a=50)),
 }
 EVERY = (*OF_LAYERS, "XTransformer", "FreeTransformer")
 
@@ -57,32 +53,24 @@ def build(name: str, options: Options, encoder: bool = False) -> Any:
         options = {key: value for key, value in options.items() if key != "rotary_pos_emb"}
         sizes = dict(num_tokens=50, dim=32, dec_head_depth=1, dec_tail_depth=1, max_seq_len=1024)
         return FreeTransformer(**sizes, **(options if encoder else dict(dec_kwargs=options)))
-    layers = Encoder if encoder else Decoder
-    return OF_LAYERS[name](layers(dim=32, depth=2, heads=2, verbose=False, **options)).eval()
+    layers = (Encoder if encoder else Decoder)(dim=32, depth=2, heads=2, verbose=False, **options)
+    return OF_LAYERS[name](attn_layers=layers, max_seq_len=1024)
 
 
-def tokens(length: int, batch: int = 1) -> Tensor:
-    return torch.arange(batch * length).reshape(batch, length) % 50
+def tokens(length: int) -> Tensor:
+    return torch.arange(length)[None] % 50
 
 
-def inputs(name: str, model: nn.Module, part: slice) -> tuple[Any, ...]:
-    """A part of the one sequence that all calls are about."""
-    if name in ("Decoder", "ContinuousTransformerWrapper"):
-        hidden = (torch.arange(LENGTH * 32).reshape(1, LENGTH, 32) * 0.37).sin()
-        return (hidden[:, part].type(next(model.parameters()).dtype),)
-    ids = tokens(LENGTH + 1)[:, part]
-    return (tokens(9), ids) if name == "XTransformer" else (dict(a=ids) if name.startswith("Multi") else ids,)
-
-
-def run(name: str, model: nn.Module, part: slice | None = None, **arguments: Any) -> tuple[Tensor, Any]:
-    """The output, and what is returned with it."""
-    # the last token of a FreeTransformer is only predicted
-    part = part or slice(LENGTH + (name == "FreeTransformer"))
-    result = model(*inputs(name, model, part), **arguments)
-    out, *rest = result if isinstance(result, tuple) else (result,)
-    out = out["a"] if isinstance(out, dict) else out
-    assert out.isfinite().all()
-    return out, *rest
+def run(name: str, model: nn.Module, **arguments: Any) -> None:
+    hidden, ids = (torch.arange(LENGTH * 32).reshape(1, LENGTH, 32) * 0.37).sin(), tokens(LENGTH)
+    inputs: dict[str, tuple[Any, ...]] = {
+        "TransformerWrapper": (ids,),
+        "MultiInputTransformerWrapper": (dict(a=ids),),
+        "XTransformer": (tokens(9), ids),
+        "FreeTransformer": (tokens(LENGTH + 1),),  # the last is only predicted
+    }
+    out = model(*inputs.get(name, (hidden,)), **arguments)
+    assert all(t.isfinite().all() for t in (out.values() if isinstance(out, dict) else [out]))
 
 
 # what is refused, and what is done instead
@@ -143,28 +131,7 @@ def test_what_is_refused_and_what_is_done_instead(name: str, refusal: Refusal) -
     run(name, build(name, refusal.instead), **refusal.call or {})
 
 
-# more queries than the range has room for: chunks
-
-
-@pytest.mark.parametrize("name", [*OF_LAYERS, "XTransformer"])
-@torch.no_grad()
-def test_chunks_as_the_messages_say(name: str) -> None:
-    model, context = build(name, NARROW), dict[str, Any]()
-    if name == "XTransformer":
-        # its decoder takes chunks
-        name, context = "TransformerWrapper", dict(context=model.encoder(tokens(9), return_embeddings=True))
-        model = model.decoder.net
-    returned = {"return_hiddens" if name == "Decoder" else "return_intermediates": True}
-    found, cache = list[Tensor](), None
-    for start in range(0, LENGTH, LIMIT // 4):
-        part = slice(start, min(start + LIMIT // 4, LENGTH))
-        how = dict(cache=cache, input_not_include_cache=True, cache_age=part.stop - start)
-        out, cache = run(name, model, part, **how, **returned, **context)
-        found.append(out)
-
-    # in float64 all of them fit into one call
-    exact, *_ = run(name, model.double(), **{key: t.double() for key, t in context.items()})
-    torch.testing.assert_close(torch.cat(found, dim=1).double(), exact, atol=1e-4, rtol=1e-4)
+# ways out that are other calls; test_wrappers.py passes chunks with the cache
 
 
 @torch.no_grad()
@@ -177,26 +144,17 @@ def test_prefill_and_generate_as_the_message_says() -> None:
     assert torch.equal(found, model.double().generate(prompt, 5, temperature=0.0))
 
 
-# a cache that does not fit the prompts, and prefill of what it cannot take
-
-
-@pytest.mark.parametrize(
-    ("batch", "length", "given"),
-    [(1, 20, {}), (1, 19, {}), (2, 30, {}), (1, 1030, {}), (1, 30, dict(prepend_embeds=torch.zeros(1, 3, 32)))],
-)
-def test_a_cache_that_does_not_fit_the_prompts(batch: int, length: int, given: Options) -> None:
-    model = AutoregressiveWrapper(build("TransformerWrapper", XPOS))
-    _, cache = prefill(model, tokens(20), 64)
+def test_a_cache_that_does_not_fit_the_prompts() -> None:
+    model, prompt = AutoregressiveWrapper(build("TransformerWrapper", XPOS)), tokens(1030)
+    _, cache = prefill(model, prompt[:, :20], 64)
     message = (
-        f"`cache`, of 1 x 20 tokens, must be of the first of {batch} x {length} `prompts` - without `prepend_embeds`, "
+        "`cache`, of 1 x 20 tokens, must be of the first of 1 x 1030 `prompts` - without `prepend_embeds`, "
         "and with `restrict_to_max_seq_len = False` beyond `max_seq_len`"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        model.generate(tokens(length, batch), 3, cache=cache, **given)
-
+        model.generate(prompt, 3, cache=cache)
     how = dict(temperature=0.0, restrict_to_max_seq_len=False)
-    found, expected = (model.generate(tokens(1030), 3, cache=each, **how) for each in (cache, None))
-    assert torch.equal(found, expected)
+    assert torch.equal(model.generate(prompt, 3, cache=cache, **how), model.generate(prompt, 3, **how))
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "TransformerWrapper"])

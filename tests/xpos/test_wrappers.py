@@ -5,9 +5,9 @@ of all that a decoder can have they are the quickest to tell when a center does 
 
 A wrapper that only calls a decoder as another one does is left out: it reaches no line of the patches that the other
 does not. One call for a whole sequence (XValTransformerWrapper, DPO, NextLatentWrapper, LatentAutoregressive,
-EntropyBasedTokenizer) is in the loss of padded tokens, embeddings in front of what is generated (GPTVAE,
-DiscoverDecoder) in the latent decoder, mems (ContinuousTransformerWrapper, MultiInputTransformerWrapper) in the loss
-over segments, and a cache with the whole prefix (FullBandwidth) in the generation of tokens.
+EntropyBasedTokenizer) is in the loss of padded tokens, embeddings in front (GPTVAE, DiscoverDecoder,
+ContinuousTransformerAutoencoder) in the latent decoder, mems (ContinuousTransformerWrapper,
+MultiInputTransformerWrapper) in the loss over segments, a cache and all tokens (FullBandwidth) in generation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from x_transformers import (
     XLAutoregressiveWrapper,
     XTransformer,
 )
-from x_transformers.continuous_autoencoder import ContinuousTransformerAutoencoder
 from x_transformers.free_transformer import FreeTransformer
 from x_transformers.recirculation import Recirculation
 from x_transformers.xm_latent_decoder import XMLatentDecoder
@@ -66,11 +65,6 @@ class Drawn(NamedTuple):
 
     def prepared(self, module: Module) -> Any:
         return randomize_(module.double(), self.seed).eval().requires_grad_(False)
-
-    def split_options(self) -> tuple[Options, Options]:
-        """What a wrapper that builds its own decoders takes itself, and what it passes on to them."""
-        own = ("dim", "depth", "heads", "attn_dim_head")
-        return {k: self.options[k] for k in own}, {k: v for k, v in self.options.items() if k not in own}
 
 
 CASES: dict[str, tuple[Callable[[Drawn], Pairs], bool, bool]] = {}
@@ -176,10 +170,11 @@ def a_latent_decoder_generates(d: Drawn) -> Pairs:
 
 @case()
 def a_free_transformer_with_and_without_a_cache(d: Drawn) -> Pairs:
-    own, passed_on = d.split_options()
-    depths = dict(dec_head_depth=d.new % 3, dec_tail_depth=own.pop("depth"))
+    own = {name: d.options[name] for name in ("dim", "heads", "attn_dim_head")}
+    depths = dict(dec_head_depth=d.new % 3, dec_tail_depth=d.options["depth"])
+    passed_on = {name: value for name, value in d.options.items() if name not in (*own, "depth")}
     kwargs = dict(max_seq_len=32, latent_bits=2, enc_kwargs=dict(verbose=False), dec_kwargs=passed_on)
-    model = d.prepared(FreeTransformer(num_tokens=NUM_TOKENS, **depths, **kwargs, **own))
+    model = d.prepared(FreeTransformer(num_tokens=NUM_TOKENS, **own, **depths, **kwargs))
     generate = partial(model.generate, d.prompt, d.first + d.new, latents=randn(d.seed, 4), logit_filter_kwargs={})
     return as_without_a_cache(d, lambda has_cache: greedily(generate, use_kv_cache=has_cache)[1])
 
@@ -211,7 +206,13 @@ def continuous_generation_past_max_seq_len(d: Drawn) -> Pairs:
     yield short, long
 
 
-# segments, and memories of them
+# losses, segments, and memories of them
+
+
+@case()
+def the_loss_of_padded_tokens(d: Drawn) -> Pairs:
+    wrapper, x = AutoregressiveWrapper(d.model()), tokens(d.seed, 2, d.first + 3)
+    yield wrapper(torch.cat((x, torch.full((2, d.new), -100)), dim=1)), wrapper(x)
 
 
 @case(mem_kv=False)
@@ -277,60 +278,42 @@ def a_looped_model_decodes_the_first_token_after_a_prompt(d: Drawn) -> Pairs:
     yield model(x, cache=cache, **kwargs), model(x, **kwargs)[:, -1:]
 
 
-# a cache, with the whole prefix and without it
+# a cache, with the whole prefix or in chunks
 
 
 @case()
 def queries_follow_all_that_is_cached(d: Drawn) -> Pairs:
-    # given the whole prefix, as people write the loop, plain rotary counts what is cached twice, in self-attention as
-    # in cross-attention
     length, dim = d.first + d.new, d.options["dim"]
-    how: Options = dict(context=randn(d.seed, 2, 5, dim), context_pos=torch.arange(5)) if d.flag else {}
-    layers, hidden, ids = Decoder(**d.options, cross_attend=d.flag), randn(d.seed, 2, length, dim), (d.x, d.x.flip(0))
-    sizes = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32)
-    wrapper = d.prepared(MultiInputTransformerWrapper(attn_layers=layers, **sizes))
-
-    def call_wrapper(part: slice, cache: Any = None) -> Any:
-        inputs = {name: t[:, part] for name, t in zip("ab", ids)}
-        return wrapper(inputs, cache=cache, return_embeddings=True, return_intermediates=True, **how)
-
-    def call_layers(layers: Any, part: slice, cache: Any = None) -> Any:
-        return layers(hidden[:, part], cache=cache, return_hiddens=True, **how)
-
-    calls: list[Callable[..., Any]] = [call_wrapper, partial(call_layers, layers)]
+    context: Options = dict(context=randn(d.seed, 2, 5, dim), context_pos=torch.arange(5)) if d.flag else {}
+    layers, x = Decoder(**d.options, cross_attend=d.flag), randn(d.seed, 2, length, dim)
+    ids = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32)
+    of_wrapper, of_layers = dict(return_embeddings=True, return_intermediates=True), dict(return_hiddens=True)
+    models: list[tuple[Module, Options, Callable[[slice], Any]]] = [
+        (
+            MultiInputTransformerWrapper(attn_layers=layers, **ids),
+            of_wrapper,
+            lambda part: dict(a=d.x[:, part], b=d.x.flip(0)[:, part]),
+        ),
+        (ContinuousTransformerWrapper(attn_layers=layers, max_seq_len=32), of_wrapper, lambda part: x[:, part]),
+        (layers, of_layers, lambda part: x[:, part]),
+    ]
     if d.flag:
-        only_cross = d.prepared(Decoder(**d.options, cross_attend=True, only_cross=True))
-        calls.append(partial(call_layers, only_cross))
-    for call in calls:
-        for has_prefix in (True, False):
-            outs, cache = [], None
-            for n in range(length):
-                out, cache = call(slice(0 if has_prefix else n, n + 1), cache)
-                outs.append(out[:, -1:])
-            yield torch.cat(outs, dim=1), call(slice(None))[0]
+        only_cross = Decoder(**d.options, cross_attend=True, only_cross=True)
+        models.append((only_cross, of_layers, lambda part: x[:, part]))
 
-
-# padding
-
-
-@case()
-def padded_rows_reconstruct_as_each_alone(d: Drawn) -> Pairs:
-    own, passed_on = d.split_options()
-    encoder = dict(verbose=False, attn_custom_attn_fn=softmax)  # the default softmax works in float32
-    depths = dict(enc_depth=1, dec_depth=own.pop("depth"), enc_kwargs=encoder, dec_kwargs=passed_on)
-    model = d.prepared(ContinuousTransformerAutoencoder(dim_input=3, max_seq_len=32, **depths, **own))
-    lens = (d.first, d.first + d.new)
-    x = randn(d.seed, 2, lens[1], 3)
-    together = model(x, lens=torch.tensor(lens), return_unreduced_loss=True)
-    for row, n in enumerate(lens):
-        alone = model(x[row : row + 1, :n], lens=torch.tensor([n]), return_unreduced_loss=True)
-        yield together[row : row + 1], alone
-
-
-@case()
-def the_loss_of_padded_tokens(d: Drawn) -> Pairs:
-    wrapper, x = AutoregressiveWrapper(d.model()), tokens(d.seed, 2, d.first + 3)
-    yield wrapper(torch.cat((x, torch.full((2, d.new), -100)), dim=1)), wrapper(x)
+    for module, returned, inputs in models:
+        model = partial(d.prepared(module), **returned, **context)
+        expected, _ = model(inputs(slice(length)))
+        # as people write the loop: plain rotary counts what is cached twice, in self-attention as in cross-attention
+        outs, cache = [], None
+        for n in range(length):
+            out, cache = model(inputs(slice(n + 1)), cache=cache)
+            outs.append(out[:, -1:])
+        yield torch.cat(outs, dim=1), expected
+        # as the error for too many queries says
+        out, cache = model(inputs(slice(d.first)))
+        rest, _ = model(inputs(slice(d.first, length)), cache=cache, input_not_include_cache=True, cache_age=d.new)
+        yield torch.cat((out, rest), dim=1), expected
 
 
 @pytest.mark.parametrize(
