@@ -67,16 +67,13 @@ class Drawn(NamedTuple):
         return randomize_(module.double(), self.seed).eval().requires_grad_(False)
 
 
-CASES: dict[str, tuple[Callable[[Drawn], Pairs], bool, bool]] = {}
+CASES: list[Any] = []
 
 
 def case(*, mem_kv: bool = True, regression: bool | None = None) -> Callable[[Callable[[Drawn], Pairs]], None]:
     """Computations that must agree in pairs; with keys without a position unless plain rotary has no such property."""
-
-    def register(function: Callable[[Drawn], Pairs]) -> None:
-        CASES[function.__name__] = (function, mem_kv, mem_kv if regression is None else regression)
-
-    return register
+    marks = [pytest.mark.regression] * (mem_kv if regression is None else regression)
+    return lambda pairs: CASES.append(pytest.param(pairs, mem_kv, id=pairs.__name__, marks=marks))
 
 
 def greedily(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
@@ -316,13 +313,10 @@ def queries_follow_all_that_is_cached(d: Drawn) -> Pairs:
         yield torch.cat((out, rest), dim=1), expected
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.regression] * fails) for name, (_, _, fails) in CASES.items()]
-)
+@pytest.mark.parametrize(("pairs", "mem_kv"), CASES)
 @few
 @given(st.data(), seeds, st.integers(1, 8), st.integers(1, 8), st.booleans())
-def test_two_computations_with_a_wrapper_agree(name, data, seed, first, new, flag):
-    pairs, mem_kv, _ = CASES[name]
+def test_two_computations_with_a_wrapper_agree(pairs, mem_kv, data, seed, first, new, flag):
     options = data.draw(decoder_options())
     if mem_kv:
         options["attn_num_mem_kv"] = data.draw(st.integers(1, 3))
