@@ -1,14 +1,12 @@
-"""That the fork can take the place of upstream's package and give it back: what is not xPos is the same, bit for bit.
+"""With xPos the fork gives to rounding what upstream gives where it is right, and takes whatever upstream takes.
 
-The unpatched release is imported beside the fork, in the same process.
+The unpatched release is imported beside the fork. What is not xPos is compared in every_line/test_without_xpos.py.
 """
 
 from __future__ import annotations
 
 import ast
-import io
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,13 +14,11 @@ from typing import Any
 import pristine
 import pytest
 import strategies
-import survey
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pristine import build_both, pristine_imports, pristine_strategies
-from strategies import OPTIONS, SMALL, decoder_options, few, gradients, seeds, splits, tokens
-from survey import ENTRIES, MEASURES, PLAIN, Entry, Scene
+from strategies import OPTIONS, decoder_options, few, gradients, seeds, splits, tokens
 from torch import Tensor
 from torch.nn import Module
 from ways import assert_equal_to_rounding, keys_values
@@ -32,7 +28,7 @@ import x_transformers
 PACKAGES = (x_transformers, pristine.MODULES["x_transformers"])
 
 with pristine_imports():
-    import survey as pristine_survey
+    pass
 
 
 def test_they_are_two_packages() -> None:
@@ -43,49 +39,7 @@ def test_they_are_two_packages() -> None:
         assert module.Decoder.forward.__code__.co_filename.startswith(str(folder))
 
 
-# without xPos, not a bit differs
-
-
-def assert_same_bits(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def answers_of_option(run: Any, measures: Any) -> list[Tensor]:
-    """What it gives in every way that it can be called, as far as it gets in each, and gradients."""
-    found = [run.full, *run.model.state_dict().values()]
-    for name in ("decode", "chunks", "mems", "rowpos", "pad"):
-        try:
-            for out, _ in measures[name](run):
-                found.append(out)
-        except Exception as error:  # it cannot do this with the option
-            found.append(torch.tensor(list(type(error).__name__.encode())))
-    run.model.requires_grad_(True)
-    out, _ = run.forward(Scene())
-    return [*found, *(gradients(run.model, out) if out.requires_grad else [])]
-
-
-# upstream fails with them: an empty context with positions, and one whose einx pattern has a dimension too few
-NO_ANSWER = {"forward.context", "attn_cope_soft_onehot_pos"}
-COMPARABLE = [e for e in ENTRIES.values() if not e.added and not all(setting.fails for setting in e.settings)]
-
-
-@pytest.mark.parametrize("entry", [pytest.param(e, id=e.option) for e in COMPARABLE])
-def test_every_option_without_xpos_is_bit_identical(entry: Entry) -> None:
-    for ours, theirs in zip(entry.settings, pristine_survey.ENTRIES[entry.option].settings):
-        if ours.fails:
-            continue
-        try:
-            with pristine_imports():
-                run = pristine_survey.Run(theirs, pristine_survey.build(theirs.words, PLAIN))
-        except Exception:
-            assert entry.option in NO_ANSWER
-            continue
-        own = survey.Run(ours, survey.build(ours.words, PLAIN))
-        assert [*own.model.state_dict()] == [*run.model.state_dict()]
-        assert_same_bits(answers_of_option(own, MEASURES), answers_of_option(run, pristine_survey.MEASURES))
-
-
-# in other dtypes, with absolute positions and rotary embeddings
+# with xPos, what upstream gets right is the same to rounding
 
 
 def answers(model: Any, x: Tensor, num_new: int) -> list[Tensor]:
@@ -96,60 +50,6 @@ def answers(model: Any, x: Tensor, num_new: int) -> list[Tensor]:
     found.append(model(rest, mems=model(first, return_mems=True)[1]))
     model.requires_grad_(True)
     return [*found, *gradients(model, model(x))]
-
-
-MEMORY: dict[str, Any] = dict(rotary_pos_emb=True, attn_num_mem_kv=2, attn_qk_norm=True)
-RESCALED = dict(rotary_pos_emb=True, rotary_interpolation_factor=2.5, rotary_base_rescale_factor=4.0, attn_kv_heads=1)
-
-
-@pytest.mark.parametrize("options", [{}, {**RESCALED, "attn_flash": True}, MEMORY])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_models_without_xpos_generate_and_train_bit_identically(options: dict[str, Any], dtype: torch.dtype) -> None:
-    x, found = tokens(0, 2, 9), []
-
-    for model, package in zip(build_both({**SMALL, **options}, 0, dtype, max_mem_len=64), PACKAGES):
-        wrapper = package.AutoregressiveWrapper(model)
-        out = [wrapper.generate(x, 3, temperature=0.0, cache_kv=cache_kv) for cache_kv in (True, False)]
-        # past the window, from within it and from beyond it, of one length or two
-        for window in (4, 10) if options else ():  # absolute positions end there
-            wrapper.max_seq_len = window
-            for lens in (None, torch.tensor([9, 4])):
-                out.append(wrapper.generate(x, 5, temperature=0.0, prompt_lens=lens))
-        wrapper.max_seq_len = model.max_seq_len
-        found.append([*out, wrapper(x), *answers(model, x, 4)])
-
-    assert_same_bits(*found)
-
-
-# state dicts and whole models go both ways
-
-
-@pytest.mark.parametrize("options", [SMALL, {**SMALL, **MEMORY}, OPTIONS])
-def test_what_is_saved_of_one_loads_in_the_other(options: dict[str, Any]) -> None:
-    x, (models, others) = tokens(7, 2, 33), (build_both(options, seed, torch.float32) for seed in (7, 8))
-    assert_same_bits(*({**model.state_dict()} for model in models))
-    assert [name for name, _ in models[0].named_buffers()] == [name for name, _ in models[1].named_buffers()]
-    imports: tuple[Callable[[], Any], ...] = (nullcontext, pristine_imports)  # pickle finds classes by name
-
-    for model, saving in zip(models, imports):
-        saved = io.BytesIO()
-        with saving():
-            torch.save(model, saved)
-        for own, other, loading in zip(models, others, imports):
-            other.load_state_dict(model.state_dict(), strict=True)
-            saved.seek(0)
-            with loading():
-                loaded = torch.load(saved, weights_only=False)
-            assert type(loaded) is type(own)
-            # upstream takes its angles from buffers in float32 and from absolute positions, up to 33: each is off by
-            # 33 half ulps, the scores by 2 ** 6 times that, and there are two layers
-            is_rounded = options is OPTIONS and own is not model
-            tolerance = 33 * 2**7 * torch.finfo(torch.float32).eps if is_rounded else 0
-            for actual in (loaded(x), other(x)):
-                assert (actual - model(x)).abs().max() <= tolerance * model(x).abs().max()
-
-
-# with xPos, what upstream gets right is the same to rounding
 
 
 def assert_agree(actual: list[Tensor], expected: list[Tensor]) -> None:
