@@ -120,14 +120,15 @@ def test_what_the_tests_import_follows_the_checkout(
 ) -> None:
     monkeypatch.setattr(trees, "ROOT", project)
     monkeypatch.setattr(os, "environ", offline)
-    before, own = trees.patched_tree(), "x_transformers/xpos/limits.py"
-    trees.set_series(project, {"0001-xval.patch": GOOD})
-    (project / own).write_text("# edited\n", encoding="utf-8")
-
-    after = trees.patched_tree()
-    assert before != after == trees.patched_tree()
-    assert (after / XVAL).read_bytes() == NEW + RELEASE[XVAL]
-    assert (after / own).read_bytes() == b"# edited\n"
+    own = "x_transformers/xpos/limits.py"
+    content = {XVAL: RELEASE[XVAL], own: (project / own).read_bytes()}
+    for edited in (XVAL, XVAL, own):
+        content[edited] += NEW
+        trees.set_series(project, {"0001-xval.patch": make_patch(XVAL, RELEASE[XVAL], content[XVAL])})
+        (project / own).write_bytes(content[own])
+        tree = trees.patched_tree()
+        assert {path: (tree / path).read_bytes() for path in content} == content
+    assert tree == trees.patched_tree()
 
 
 # where the sources lie, and the user's settings
