@@ -75,33 +75,30 @@ class Report:
         """The outcome in one line."""
         failed, total = len(self.failures), len(self.results)
         said = f"{failed} of {total} properties FAIL" if failed else f"all {total} properties hold"
-        if not total:
-            said = "no property could be measured: FAIL"
-        if self.package["unpatched"]:
-            said += "; the package is UNPATCHED: it is upstream's, not the fork"
-        elif self.package["modified"]:
-            said += "; the package is MODIFIED since it was built"
-        return f"{said} ({self.run['seconds']:.0f} s)"
+        said = said if total else "no property could be measured: FAIL"
+        unpatched = "; the package is UNPATCHED: it is upstream's, not the fork" if self.package["unpatched"] else ""
+        modified = "; the package is MODIFIED since it was built" if self.package["modified"] else ""
+        return f"{said}{unpatched or modified} ({self.run['seconds']:.0f} s)"
 
     def __str__(self) -> str:
         """Plain text, no line of its own wider than 100 columns (a path may be)."""
-        run = self.run
-        ran = f"{run['dtype']} on {run['device']}, torch {run['torch']}"
-        lines = [*_package_lines(self.package), *_wrapped("run       ", ran)]
+        run, reasons = self.run, dict[str, list[str]]()
+        lines = [*_package_lines(self.package)]
+        lines += _wrapped("run       ", f"{run['dtype']} on {run['device']}, torch {run['torch']}")
         lines += [*_wrapped("checked   ", *self.checked), *_wrapped("note      ", *self.notes)]
         lines += ["", "verdict  deviation  tolerance  what must be the same"]
         for result in self.results:
-            row = f"{'pass' if result.passed else 'FAIL':<7}  {_number(result.deviation):>9}  "
-            lines.append(f"{row}{_number(result.tolerance):>9}  {result.key}: {result.compared}")
+            verdict, numbers = "pass" if result.passed else "FAIL", (result.deviation, result.tolerance)
+            row = "".join(f"{_number(value):>9}  " for value in numbers)
+            lines.append(f"{verdict:<7}  {row}{result.key}: {result.compared}")
             lines += [] if result.passed else _wrapped(" " * 31, result.detail)
-        reasons: dict[str, list[str]] = {}
         for each in self.left_out:
             reasons.setdefault(each.reason, []).append(each.key)
         lines += _wrapped("left out  ", *(f"{', '.join(keys)}: {reason}" for reason, keys in reasons.items()))
         tolerance = (
-            f"Tolerance: {run['factor']:,.0f} times the error that {run['dtype']} forces on the same model with plain "
-            "rotary, run the same way. "
+            f"Tolerance: {run['factor']:,.0f} times the error that {run['dtype']} forces on the same model with "
         )
+        tolerance += "plain rotary, run the same way. "
         if any(result.key.startswith("scores") for result in self.results):
             tolerance += "Of scores: what the rounding of their dtype forces on them."
         return "\n".join([*lines, "", *_wrapped("", tolerance), "", self.conclusion])
