@@ -17,6 +17,7 @@ from x_transformers.xpos import __main__ as command
 PACKAGE = Path(x_transformers.__file__).parent
 SHORT = ("--max-len", "32")
 Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 def process(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import SHORT, Capture, no_decay_before_the_center, run
+from commands import SHORT, Capture, Patch, no_decay_before_the_center, run
 from strategies import randomize_
 from torch import nn
 
@@ -54,13 +55,9 @@ BOTH = {
     f"{part}_{name}": n for part in ("enc", "dec") for name, n in dict(num_tokens=9, depth=1, max_seq_len=64).items()
 }
 FREE = dict(dim=32, num_tokens=9, max_seq_len=64, dec_head_depth=1, dec_tail_depth=1, enc_depth=1)
-INTERSPERSED = dict(num_memory_tokens=2, memory_tokens_interspersed_every=5)
 # of models in public code with `rotary_xpos`, which are larger
 ALIBI: dict[str, Any] = dict(alibi_pos_bias=True, attn_flash=True, attn_one_kv_head=True, attn_qk_norm=True)
 RESIDUAL: dict[str, Any] = dict(residual_attn=True, attn_add_zero_kv=True, pre_norm=False, attn_qk_norm=True)
-MEMORY: dict[str, Any] = dict(attn_num_mem_kv=16, use_scalenorm=True, attn_flash=True, layer_dropout=0.1)
-LASER: dict[str, Any] = dict(attn_laser=True, add_value_residual=True, shift_tokens=1, attn_qk_norm=True)
-ADAPTIVE: dict[str, Any] = dict(use_adaptive_layernorm=True, use_adaptive_layerscale=True, dim_condition=6)
 
 # what is left out, and words of the reason
 CACHE = ("cached-whole", "cached-new", "chunked")
@@ -68,8 +65,9 @@ NO_MEMS = {"mems": "its max_mem_len is 0"}
 NO_CACHE = {**NO_MEMS, **dict.fromkeys(CACHE, "have no KV cache")}
 NO_POS = {"shift": "does not pass pos to its layers"}
 ABSOLUTE = {**NO_MEMS, "shift": "it has absolute positions as well"}
-SHIFTED = dict.fromkeys(CACHE, "shift_tokens is wrong with a KV cache or mems in upstream")
+SHIFTED = {**NO_MEMS, **dict.fromkeys(CACHE, "shift_tokens is wrong with a KV cache or mems in upstream")}
 PLAIN = "the same model with plain rotary does not have it either"
+NO_SHIFT = {**NO_MEMS, "shift": PLAIN}
 # and what is said of a model
 SIZE = "Decoder: 2 attention layers, 2 heads of 16 dims, 8 rotated, scale base 512; 32 random"
 WRAPPER = "TransformerWrapper of a Decoder"
@@ -89,18 +87,18 @@ ALONE = "the Decoder alone, on hidden states, since the TransformerWrapper canno
         ("ContinuousTransformerWrapper(dim_in=5, dim_out=3, max_mem_len=20, **WRAPPED)", "Continuous", NO_POS),
         ("MultiInputTransformerWrapper(num_tokens=dict(a=10, b=20), **WRAPPED)", "Multi", {**NO_MEMS, **NO_POS}),
         ("net(dict(num_memory_tokens=3))", WRAPPER, NO_CACHE),
-        ("net(INTERSPERSED)", WRAPPER, NO_CACHE),
+        ("net(dict(num_memory_tokens=2, memory_tokens_interspersed_every=5))", WRAPPER, NO_CACHE),
         ("net(disable_abs_pos_emb=False)", WRAPPER, ABSOLUTE),
         ("decoder(shift_tokens=1)", "Decoder", {**SHIFTED, "mems": "shift_tokens is wrong"}),
-        ("compiled(net(**LASER))", WRAPPER, {**SHIFTED, **NO_MEMS}),
+        ("compiled(net(attn_laser=True, add_value_residual=True, shift_tokens=1))", WRAPPER, SHIFTED),
         ("torch.compile(AutoregressiveWrapper(net(**RESIDUAL)))", WRAPPER, NO_MEMS),
         ("net(**ALIBI)", WRAPPER, {**NO_MEMS, **dict.fromkeys(CACHE, PLAIN)}),
-        ("net(**MEMORY)", WRAPPER, {**NO_MEMS, "shift": PLAIN}),
+        ("net(attn_num_mem_kv=16, use_scalenorm=True, attn_flash=True, layer_dropout=0.1)", WRAPPER, NO_SHIFT),
         # of 32 positions no part has the 8 keys that a query chooses among
         ("net(cross_attend=True, attn_sparse_topk=8)", WRAPPER, {**NO_MEMS, "chunked": PLAIN}),
         # half: a copy in float64 that shared anything with it could not be called
         ("net(dict(tie_embedding=True)).half()", WRAPPER, NO_MEMS),
-        ("net(**ADAPTIVE)", WRAPPER, NO_MEMS),
+        ("net(use_adaptive_layernorm=True, use_adaptive_layerscale=True, dim_condition=6)", WRAPPER, NO_MEMS),
         ("net(dict(recycling=True))", ALONE, {}),
         ("net(dict(average_pool_embed=True))", "the model returns (2, 50) instead of (2, 32, dim)", {}),
         ("without_attention(net())", "the output is the same without positions", NO_MEMS),
@@ -147,7 +145,7 @@ def test_neither_the_model_nor_the_random_state_is_touched(capsys: Capture) -> N
 # models that are wrong
 
 
-def test_a_fault_of_xpos_is_not_taken_for_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_xpos_is_not_taken_for_upstreams(monkeypatch: Patch) -> None:
     monkeypatch.setattr(upstream.RotaryEmbedding, "forward", no_decay_before_the_center)
     report = check(net(), max_len=32)
     assert {"prefix", *CACHE} <= {each.key for each in report.failures}
@@ -155,7 +153,7 @@ def test_a_fault_of_xpos_is_not_taken_for_upstreams(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("options", [{}, ALIBI])
-def test_a_model_without_the_limit_fails(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_the_limit_fails(options: dict[str, Any], monkeypatch: Patch) -> None:
     # five more than there should be, which the check is not told of
     limit = Model.limit
     monkeypatch.setattr(Model, "limit", property(lambda self: limit.__get__(self) - 5))
@@ -180,17 +178,17 @@ def build_model(): return {model}
 MODEL, NET = "--model train:build_model", "net()"
 
 
-def write_train(directory: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module `train` in the directory, from which it is imported anew, as `python -m` would."""
-    (directory / "train.py").write_text(TRAIN.format(model=model), encoding="utf-8")
-    monkeypatch.syspath_prepend(directory)
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: Patch) -> Callable[[str], object]:
+    """Writes the module `train`, of which build_model returns this; it is imported anew, as `python -m` would."""
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "train", raising=False)
+    return lambda model: (tmp_path / "train.py").write_text(TRAIN.format(model=model), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["build_model", "Builder.build"])
-def test_check_of_a_function(name: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_train(tmp_path, NET, monkeypatch)
-    status, out, _ = run(capsys, "--model", f"train:{name}", *SHORT)
+def test_check_of_a_function(train: Callable[[str], object], capsys: Capture) -> None:
+    train("1")
+    status, out, _ = run(capsys, "--model", "train:Builder.build", *SHORT)
     assert (status, "checked   TransformerWrapper of a Decoder" in out) == (0, True)
 
 
@@ -229,9 +227,9 @@ def test_check_of_a_function(name: str, tmp_path: Path, capsys: Capture, monkeyp
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(
-    arguments: str, model: str, expected: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    arguments: str, model: str, expected: list[str], train: Callable[[str], object], capsys: Capture
 ) -> None:
-    write_train(tmp_path, model, monkeypatch)
+    train(model)
     status, out, message = run(capsys, *arguments.split())
     assert (status, out, message.count("\n")) == (2, "", 1), message
     assert [text for text in expected if text not in message] == [], message
