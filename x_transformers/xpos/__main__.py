@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     help = "say how many queries fit into one call, by dtype, and what a longer sequence needs"
     add = commands.add_parser("limits", help=help, description=f"{help.capitalize()}.", **common)
-    add.set_defaults(run=run_limits)
+    add.set_defaults(run=lambda options: (0, str(limits(options.scale_base, options.length, dim=options.dim))))
     help = "rotated dims of a head, rotary_emb_dim (default: %(default)s, that of a Decoder with heads of 64)"
     add.add_argument("--dim", type=int, default=32, metavar="D", help=help)
     help = "rotary_xpos_scale_base (default: 512, that of a Decoder)"
@@ -98,10 +98,6 @@ def run_check(options: argparse.Namespace) -> tuple[int, str]:
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     found = check_model(module, dtype=dtype, device=options.device, max_len=options.max_len, progress=True)
     return 0 if found.passed else 1, found.to_json() if options.json else str(found)
-
-
-def run_limits(options: argparse.Namespace) -> tuple[int, str]:
-    return 0, str(limits(options.scale_base, options.length, dim=options.dim))
 
 
 def build(spec: str) -> object:

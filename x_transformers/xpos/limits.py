@@ -32,21 +32,17 @@ class Limits:
     def __str__(self) -> str:
         columns = {"queries": self.queries, "scale base for all": self.scale_bases, "calls instead": self.calls}
         shown = {title: column for title, column in columns.items() if column is not None}
-        counts = [[name, *(f"{column[name]:,}" for column in shown.values())] for name in self.queries]
-        fractions = [[f"{at:,.6g}", *(f"{part:.2g}" for part in parts)] for at, parts in self.remaining.items()]
-        return _TABLES.format(
-            scale_base=self.scale_base,
-            wanted="" if self.length is None else f", and what {self.length:,} queries need",
-            counts=_aligned([["dtype", *shown], *counts]),
-            dim=self.dim,
-            fractions=_aligned([["distance", "fastest", "mean", "slowest"], *fractions]),
-        )
+        counts, fractions = [["dtype", *shown]], [["distance", "fastest", "mean", "slowest"]]
+        counts += [[name, *(f"{column[name]:,}" for column in shown.values())] for name in self.queries]
+        fractions += [[f"{at:,.6g}", *(f"{part:.2g}" for part in parts)] for at, parts in self.remaining.items()]
+        wanted = "" if self.length is None else f", and what {self.length:,} queries need"
+        return _TEXT.format(_aligned(counts), _aligned(fractions), self=self, wanted=wanted)
 
 
-_TABLES = """\
-The most queries in one call with a scale base of {scale_base:g}{wanted}:
+_TEXT = """\
+The most queries in one call with a scale base of {self.scale_base:g}{wanted}:
 
-{counts}
+{0}
 
 One query more raises ValueError. Keys in the KV cache or in mems do not count. Stay below half of a
 limit, since large activations can overflow earlier. From half of float32's limit on, flash attention
@@ -56,9 +52,9 @@ passed in as a tensor are not checked.
 Longer sequences: pass them in chunks with x_transformers.xpos.prefill, use bfloat16 or float32
 instead of float16, or train with a larger rotary_xpos_scale_base.
 
-The fraction of a score that is left at a distance, of {dim} rotated dims:
+The fraction of a score that is left at a distance, of {self.dim} rotated dims:
 
-{fractions}"""
+{1}"""
 
 
 def _aligned(rows: list[list[str]]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from x_transformers import Attention
 from x_transformers.x_transformers import AttentionLayers
 
-from .release import is_patched, num_rotated_heads
+from .release import is_patched
 
 _FOLDED_FOR = "mem_kv_folded_for"
 
@@ -75,8 +75,8 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
         position = torch.zeros(1, dtype=torch.long, device=rotary.scale.device)
         scale: Tensor = rotary(position, offset=0, seq_len=seq_len)[1].flatten().double()
         mem_k = attention.mem_k.clone()
-        # (heads, num_mem_kv, dim_head), of which the first dims of the last heads are rotated
-        rotated = mem_k[-num_rotated_heads(attention) :, :, : len(scale)]
+        # (heads, num_mem_kv, dim_head), of which the first dims of the last heads are rotated, in 1.27.5 of all heads
+        rotated = mem_k[-getattr(attention, "rotate_num_heads", attention.heads) :, :, : len(scale)]
         rotated.copy_(rotated.double() * scale.to(mem_k.device))
         if bool(attention.mem_k.isfinite().all()) and not bool(mem_k.isfinite().all()):
             raise ValueError(

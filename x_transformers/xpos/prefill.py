@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers import TransformerWrapper
 from x_transformers.x_transformers import LayerIntermediates, ShiftTokens
 
-from .release import CACHED_TOKENS_LEFT_OUT, can_cache
+from .release import CACHED_TOKENS_LEFT_OUT
 
 # arguments that are the same for every chunk; any other has something for each token, or changes the result
 SAME_FOR_ALL = (
@@ -88,9 +88,10 @@ def prefill(
 
 def why_no_cache(model: Any) -> str:
     """Why a KV cache cannot give what one call gives with a wrapper or its layers; empty if nothing is known."""
-    if not can_cache(model):
-        return "memory tokens, recycling and attn_selective have no KV cache"
     layers = getattr(model, "attn_layers", model)
+    # in 1.27.5 wrappers alone say so
+    if not all(getattr(part, "can_cache_kv", True) for part in (model, layers)):
+        return "memory tokens, recycling and attn_selective have no KV cache"
     if any(isinstance(module, ShiftTokens) for module in layers.modules()):
         return "shift_tokens is wrong with a KV cache or mems in upstream, for every kind of positions"
     return ""

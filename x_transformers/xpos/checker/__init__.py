@@ -10,7 +10,6 @@ have them all with plain rotary: there a failure is one.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -77,20 +76,16 @@ def check_model(
 
 def _verdicts(case: Case, is_sample: bool, prefix: str, progress: bool) -> Iterator[Result | LeftOut]:
     """The verdict on every property that the model can have, and the reason where it cannot."""
-    planned = []
-    for prop in (replace(prop, key=prefix + prop.key) for prop in properties.ALL if is_sample or prop.variant is None):
+    chosen = [replace(each, key=prefix + each.key) for each in properties.ALL if is_sample or each.variant is None]
+    for number, prop in enumerate(chosen, 1):
         reason = getattr(case.model, prop.lacked) if prop.lacked else ""
         if prop.needs and not accepts(prop.needs):
             reason = f"this release of x-transformers lacks the argument {prop.needs}"
-        if reason:
-            yield LeftOut(prop.key, prop.compared, reason)
-        else:
-            planned.append(prop)
-    for number, prop in enumerate(planned, 1):
         if progress:
-            print(f"[{number}/{len(planned)}] {prop.key}: {prop.compared}", file=sys.stderr)
-        result = _measured(prop, case)
-        reason = "" if result.passed or is_sample else _lacked_by_plain_rotary(prop, case, result)
+            print(f"[{number}/{len(chosen)}] {prop.key}: {'left out' if reason else prop.compared}", file=sys.stderr)
+        if not reason:
+            result = _measured(prop, case)
+            reason = "" if result.passed or is_sample else _lacked_by_plain_rotary(prop, case, result)
         yield LeftOut(prop.key, prop.compared, reason) if reason else result
 
 
@@ -106,11 +101,7 @@ def _measured(prop: Property, case: Case, tolerance: float | None = None) -> Res
         error = said(raised)
         return Result(prop.key, prop.compared, None, tolerance, error, tuple(points), error)
     worst = max(points, key=lambda point: point.deviation)
-    lengths = [point.length for point in points]
-    detail = f"{min(lengths):,} to {max(lengths):,} positions"
-    if worst.deviation > 0:
-        kind = "worst" if math.isfinite(worst.deviation) else "not finite"
-        detail += f"; {kind} at {worst.length:,}" + (f", {worst.note}" if worst.note else "")
+    detail = f"the worst of {len(points)}, at {worst.length:,} positions" + (f", {worst.note}" if worst.note else "")
     return Result(prop.key, prop.compared, worst.deviation, tolerance, detail, tuple(points))
 
 

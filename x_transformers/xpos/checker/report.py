@@ -96,9 +96,8 @@ class Report:
             reasons.setdefault(each.reason, []).append(each.key)
         lines += _wrapped("left out  ", *(f"{', '.join(keys)}: {reason}" for reason, keys in reasons.items()))
         tolerance = (
-            f"Tolerance: {run['factor']:,.0f} times the error that {run['dtype']} forces on the same model with "
+            f"Tolerance: {run['factor']:,.0f} times the {run['dtype']} error of the same model with plain rotary. "
         )
-        tolerance += "plain rotary, run the same way. "
         if any(result.key.startswith("scores") for result in self.results):
             tolerance += "Of scores: what the rounding of their dtype forces on them."
         return "\n".join([*lines, "", *_wrapped("", tolerance), "", self.conclusion])
@@ -136,13 +135,11 @@ def package() -> dict[str, Any]:
 
 
 def _package_lines(package: Mapping[str, Any]) -> list[str]:
-    patches = package["patches"]
     build = "unknown build: the package has no record of it, so its files cannot be compared"
     if package["version"]:
-        count = f"{len(patches)} patch{'' if len(patches) == 1 else 'es'}, line {package['line']}"
-        build = f"{package['version']} = {package['upstream']} and {count}"
+        build = f"{package['version']} = {package['upstream']} and the patches of line {package['line']}"
     lines = [f"package   x_transformers from {package['path']}", f"build     {build}"]
-    lines += [f"          {name}" for name in patches]
+    lines += [f"          {name}" for name in package["patches"]]
     if package["version"] and not package["modified"]:
         lines.append("          the files are as they were built")
     return lines + _wrapped("UNPATCHED ", *package["unpatched"]) + _wrapped("MODIFIED  ", *package["modified"])
