@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from x_transformers.x_transformers import RotaryEmbedding
 from x_transformers.xpos import __main__ as command
 
 PACKAGE = Path(x_transformers.__file__).parent
-
-
 SHORT = ("--max-len", "32")
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 def process(
@@ -33,35 +31,13 @@ def process(
     return subprocess.run(words, cwd=cwd, env=environment, text=True, capture_output=True, check=False)
 
 
-@dataclass
-class Tool:
-    """The command in this process."""
-
-    capsys: pytest.CaptureFixture[str]
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        try:
-            status = command.main(arguments)
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        captured = self.capsys.readouterr()
-        return status, captured.out, captured.err
-
-    def check(self, *arguments: str) -> tuple[int, dict[str, Any]]:
-        status, out, err = self.run("check", "--json", *arguments)
-        assert out, err
-        return status, json.loads(out)
-
-    def refusal(self, *arguments: str) -> str:
-        """The one line that refuses the arguments, with status 2 and nothing on stdout."""
-        status, out, err = self.run(*arguments)
-        assert (status, out) == (2, ""), err
-        assert err.count("\n") == 1
-        return err
-
-
-def failed(document: dict[str, Any]) -> set[str]:
-    return {result["key"] for result in document["results"] if not result["passed"]}
+def run(capsys: Capture, *arguments: str) -> tuple[int, str, str]:
+    """The exit status of the command in this process, and what it prints on either output."""
+    try:
+        status = command.main(arguments)
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    return (status, *capsys.readouterr())
 
 
 _forward = RotaryEmbedding.forward

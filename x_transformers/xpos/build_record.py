@@ -69,7 +69,6 @@ def read_record(package_dir: Path) -> Record | None:
 def modified_files(package_dir: Path) -> tuple[str, ...]:
     """The files that the record names and that are missing or differ from it; empty where there is no record."""
     record, root = read_record(package_dir), package_dir.absolute().parent
-    files = sorted(record.files.items()) if record is not None else []
-    return tuple(
-        path for path, digest in files if not (root / path).is_file() or sha256((root / path).read_bytes()) != digest
-    )
+    files = record.files if record is not None else {}
+    found = {path: sha256((root / path).read_bytes()) for path in files if (root / path).is_file()}
+    return tuple(path for path in sorted(files) if found.get(path) != files[path])

@@ -30,35 +30,35 @@ class Limits:
     calls: dict[str, int] | None = None
 
     def __str__(self) -> str:
-        columns = {"dtype": self.queries, "queries": self.queries}
-        if self.scale_bases is not None and self.calls is not None:
-            columns |= {"scale base for all": self.scale_bases, "calls instead": self.calls}
-        rows = [[name, *(f"{column[name]:,}" for column in [*columns.values()][1:])] for name in self.queries]
-        fractions = [[f"{at:,.6g}", *(f"{part:.2g}" for part in parts)] for at, parts in self.remaining.items()]
+        columns = {"queries": self.queries, "scale base for all": self.scale_bases, "calls instead": self.calls}
+        shown = {title: column for title, column in columns.items() if column is not None}
+        counts, fractions = [["dtype", *shown]], [["distance", "fastest", "mean", "slowest"]]
+        counts += [[name, *(f"{column[name]:,}" for column in shown.values())] for name in self.queries]
+        fractions += [[f"{at:,.6g}", *(f"{part:.2g}" for part in parts)] for at, parts in self.remaining.items()]
         wanted = "" if self.length is None else f", and what {self.length:,} queries need"
-        return "\n".join(
-            [
-                f"The most queries in one call with a scale base of {self.scale_base:g}{wanted}:",
-                "",
-                *_aligned([[*columns], *rows]),
-                "",
-                "One query more raises ValueError. Keys in the KV cache or in mems do not count. Stay below half of a",
-                "limit, since large activations can overflow earlier. From half of float32's limit on, flash attention",
-                "with a mask, a bias, a cache, mems or dropout can give NaN, as it does upstream. Positions that are",
-                "passed in as a tensor are not checked.",
-                "",
-                "Longer sequences: pass them in chunks with x_transformers.xpos.prefill, use bfloat16 or float32",
-                "instead of float16, or train with a larger rotary_xpos_scale_base.",
-                "",
-                f"The fraction of a score that is left at a distance, of {self.dim} rotated dims:",
-                "",
-                *_aligned([["distance", "fastest", "mean", "slowest"], *fractions]),
-            ]
-        )
+        return _TEXT.format(_aligned(counts), _aligned(fractions), self=self, wanted=wanted)
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    return [f"{first:<12}" + "".join(f"{cell:>20}" for cell in rest) for first, *rest in rows]
+_TEXT = """\
+The most queries in one call with a scale base of {self.scale_base:g}{wanted}:
+
+{0}
+
+One query more raises ValueError. Keys in the KV cache or in mems do not count. Stay below half of a
+limit, since large activations can overflow earlier. From half of float32's limit on, flash attention
+with a mask, a bias, a cache, mems or dropout can give NaN, as it does upstream. Positions that are
+passed in as a tensor are not checked.
+
+Longer sequences: pass them in chunks with x_transformers.xpos.prefill, use bfloat16 or float32
+instead of float16, or train with a larger rotary_xpos_scale_base.
+
+The fraction of a score that is left at a distance, of {self.dim} rotated dims:
+
+{1}"""
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    return "\n".join(f"{first:<12}" + "".join(f"{cell:>20}" for cell in rest) for first, *rest in rows)
 
 
 def limits(scale_base: float = 512, length: int | None = None, *, dim: int = 32) -> Limits:
@@ -91,9 +91,7 @@ def limits(scale_base: float = 512, length: int | None = None, *, dim: int = 32)
         raise ValueError(f"length is {length}: give a number of queries, at least 1")
     rotary = RotaryEmbedding(dim, use_xpos=True, scale_base=scale_base)
     if not hasattr(rotary, "max_xpos_queries"):
-        raise ValueError(
-            "RotaryEmbedding has no max_xpos_queries here, so past its limits xPos gives NaN: install the fork"
-        )
+        raise ValueError("this x_transformers is upstream's, where xPos past its limits gives NaN: install the fork")
     queries = {name: int(rotary.max_xpos_queries(dtype)) for name, dtype in DTYPES.items()}
     decays = {ratio * scale_base: rotary.scale.double() ** ratio for ratio in (0.25, 0.5, 1, 2, 4, 8)}
     remaining = {at: (float(left.min()), float(left.mean()), float(left.max())) for at, left in decays.items()}

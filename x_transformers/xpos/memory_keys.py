@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from x_transformers import Attention
 from x_transformers.x_transformers import AttentionLayers
 
-from .release import is_patched, num_rotated_heads
+from .release import is_patched
 
 _FOLDED_FOR = "mem_kv_folded_for"
 
@@ -55,19 +55,15 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
     if not isinstance(seq_len, int) or seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}: give the length that the model was trained at, at least 1")
     if not is_patched():
-        raise ValueError(
-            "this x_transformers is upstream's release, where memory keys stay as they are: install the fork"
-        )
+        raise ValueError("this x_transformers is upstream's, where memory keys stay as they are: install the fork")
     found = _with_memory_keys(model, context_pos=context_pos)
     if not found:
         raise ValueError("the model has no layer with both rotary_xpos and attn_num_mem_kv: it needs no conversion")
-    for _, attention in found:
-        if hasattr(attention, _FOLDED_FOR):
-            raise ValueError(
-                "the memory keys of this model were folded before, for a seq_len of "
-                f"{getattr(attention, _FOLDED_FOR)}: a second fold would scale them twice. To fold another checkpoint, "
-                "load it into a newly built model"
-            )
+    if before := {getattr(attention, _FOLDED_FOR) for _, attention in found if hasattr(attention, _FOLDED_FOR)}:
+        raise ValueError(
+            f"the memory keys of this model were folded before, for a seq_len of {max(before)}: a second fold would "
+            "scale them twice. To fold another checkpoint, load it into a newly built model"
+        )
     if any(attention.qk_norm for _, attention in found):
         raise ValueError(
             "the model has attn_qk_norm, which normalises memory keys after any factor, so there is no exact "
@@ -79,8 +75,8 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
         position = torch.zeros(1, dtype=torch.long, device=rotary.scale.device)
         scale: Tensor = rotary(position, offset=0, seq_len=seq_len)[1].flatten().double()
         mem_k = attention.mem_k.clone()
-        # (heads, num_mem_kv, dim_head), of which the first dims of the last heads are rotated
-        rotated = mem_k[-num_rotated_heads(attention) :, :, : len(scale)]
+        # (heads, num_mem_kv, dim_head), of which the first dims of the last heads are rotated, in 1.27.5 of all heads
+        rotated = mem_k[-getattr(attention, "rotate_num_heads", attention.heads) :, :, : len(scale)]
         rotated.copy_(rotated.double() * scale.to(mem_k.device))
         if bool(attention.mem_k.isfinite().all()) and not bool(mem_k.isfinite().all()):
             raise ValueError(
@@ -96,13 +92,11 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
 
 def _with_memory_keys(model: nn.Module, *, context_pos: bool) -> list[tuple[Any, Any]]:
     """The `RotaryEmbedding` and the `Attention` of each layer with memory keys that xPos applies to, each once."""
-    found: dict[int, tuple[Any, Any]] = {}
-    layers: Any
-    for layers in model.modules():
-        rotary = layers.rotary_pos_emb if isinstance(layers, AttentionLayers) else None
-        if rotary is None or getattr(rotary, "scale", None) is None:
+    found: dict[Any, Any] = {}
+    for layers in (part for part in model.modules() if isinstance(part, AttentionLayers)):
+        if getattr(layers.rotary_pos_emb, "scale", None) is None:
             continue
         for layer_type, (_, block, _) in zip(layers.layer_types, layers.layers):
             if isinstance(block, Attention) and block.num_mem_kv > 0 and (layer_type == "a" or context_pos):
-                found[id(block)] = (rotary, block)
-    return [*found.values()]
+                found[block] = layers.rotary_pos_emb
+    return [(rotary, block) for block, rotary in found.items()]

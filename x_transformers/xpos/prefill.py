@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from x_transformers import TransformerWrapper
 from x_transformers.x_transformers import LayerIntermediates, ShiftTokens
 
-from .release import CACHED_TOKENS_LEFT_OUT, can_cache
+from .release import CACHED_TOKENS_LEFT_OUT
 
 # arguments that are the same for every chunk; any other has something for each token, or changes the result
 SAME_FOR_ALL = (
@@ -65,49 +66,47 @@ def prefill(
         net = net.net  # type: ignore[assignment]
     _refuse(net, tokens, chunk_size, same_for_all)
 
-    bar = _bar(tokens.shape[1]) if progress else None
     options = dict(same_for_all, return_intermediates=True)
     if CACHED_TOKENS_LEFT_OUT:
         options["input_not_include_cache"] = True
+    starts: Iterable[int] = range(0, tokens.shape[1], chunk_size)
+    if progress:
+        from tqdm import tqdm
+
+        # None: where standard error is a terminal
+        starts = tqdm(starts, unit=" chunks", disable=None)
     found, cache = [], None
-    for start in range(0, tokens.shape[1], chunk_size):
+    for start in starts:
         stop = min(start + chunk_size, tokens.shape[1])
         part = tokens[:, start if CACHED_TOKENS_LEFT_OUT else 0 : stop]
         out, cache = net(part, cache=cache, cache_age=stop - start, **options)
         if not isinstance(out, Tensor) or out.shape[:2] != part[:, start - stop :].shape:
             raise ValueError("model gives no output (b, n, …) with one row for each token: pass all tokens in one call")
         found.append(out)
-        if bar is not None:
-            bar.update(stop - start)
-    if bar is not None:
-        bar.close()
     return torch.cat(found, dim=1), cache
 
 
 def why_no_cache(model: Any) -> str:
     """Why a KV cache cannot give what one call gives with a wrapper or its layers; empty if nothing is known."""
-    if not can_cache(model):
-        return "memory tokens, recycling and attn_selective have no KV cache"
     layers = getattr(model, "attn_layers", model)
+    # in 1.27.5 wrappers alone say so
+    if not all(getattr(part, "can_cache_kv", True) for part in (model, layers)):
+        return "memory tokens, recycling and attn_selective have no KV cache"
     if any(isinstance(module, ShiftTokens) for module in layers.modules()):
         return "shift_tokens is wrong with a KV cache or mems in upstream, for every kind of positions"
     return ""
 
 
-def _refuse(net: nn.Module, tokens: object, chunk_size: object, same_for_all: dict[str, Any]) -> None:
+def _refuse(net: nn.Module, tokens: Any, chunk_size: object, same_for_all: dict[str, Any]) -> None:
     wrappers = [module for module in net.modules() if isinstance(module, TransformerWrapper)]
     if len(wrappers) != 1:
-        raise ValueError(
-            f"model is a {type(net).__name__} with {len(wrappers)} TransformerWrappers in it: "
-            + ("pass the one to prefill" if wrappers else f"call its Decoder for each chunk yourself, {CHUNK}")
-        )
+        advice = "pass the one to prefill" if wrappers else f"call its Decoder for each chunk yourself, {CHUNK}"
+        raise ValueError(f"model is a {type(net).__name__} with {len(wrappers)} TransformerWrappers in it: {advice}")
     (wrapper,) = wrappers
-    if not isinstance(tokens, Tensor):
-        raise ValueError(f"tokens is a {type(tokens).__name__}: pass a tensor of token ids (b, n)")
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens has the shape {tuple(tokens.shape)}: pass token ids (b, n), with n at least 1")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"tokens has the dtype {str(tokens.dtype)[6:]}: pass token ids, as tokens.long() if they are")
+    is_tensor = isinstance(tokens, Tensor)
+    if not is_tensor or tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 2 or tokens.shape[1] == 0:
+        given = f"{str(tokens.dtype)[6:]} {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
+        raise ValueError(f"tokens is {given}: pass token ids (b, n) of dtype int64 or int32, with n at least 1")
     embedding = getattr(wrapper.token_emb, "emb", None)
     if isinstance(embedding, nn.Embedding) and tokens.numel() > 0:
         low, high = int(tokens.min()), int(tokens.max())
@@ -128,12 +127,3 @@ def _refuse(net: nn.Module, tokens: object, chunk_size: object, same_for_all: di
         reason = "a looped model decodes one token at a time"
     if reason:
         raise ValueError(f"model cannot be prefilled in chunks, as {reason}: pass all tokens in one call")
-
-
-def _bar(total: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ValueError("progress needs tqdm, which is not installed: pip install tqdm") from None
-    # None: where standard error is a terminal
-    return tqdm(total=total, unit=" tokens", disable=None)

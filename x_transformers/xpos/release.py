@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 import x_transformers
 from x_transformers.x_transformers import AttentionLayers, RotaryEmbedding, rotate_half
@@ -32,17 +31,6 @@ WRAPPERS: tuple[Any, ...] = tuple(
     for name in ("TransformerWrapper", "ContinuousTransformerWrapper", "MultiInputTransformerWrapper")
     if hasattr(x_transformers, name)
 )
-
-
-def can_cache(wrapper_or_layers: nn.Module) -> bool:
-    """Whether upstream can run it with a KV cache; 1.27.5 says so of wrappers alone."""
-    layers = getattr(wrapper_or_layers, "attn_layers", wrapper_or_layers)
-    return all(getattr(part, "can_cache_kv", True) for part in (wrapper_or_layers, layers))
-
-
-def num_rotated_heads(attention: Any) -> int:
-    """How many heads of an `Attention` are rotated; in 1.27.5 all."""
-    return int(getattr(attention, "rotate_num_heads", attention.heads))
 
 
 def rotated_pairs_first(t: torch.Tensor, rotary_dim: int) -> torch.Tensor:

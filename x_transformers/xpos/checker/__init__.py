@@ -10,9 +10,10 @@ have them all with plain rotary: there a failure is one.
 
 from __future__ import annotations
 
-import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -35,9 +36,9 @@ def check_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     max_len: int | None = None,
-    progress: Callable[[str], None] = lambda _line: None,
+    progress: bool = False,
 ) -> Report:
-    """What `check` documents, for a module or for `OWN_MODELS`. `progress` is given a line before each property."""
+    """What `check` documents, for a module or for `OWN_MODELS`."""
     started, is_sample = time.monotonic(), module is OWN_MODELS
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"dtype is {dtype}: give torch.{', torch.'.join(DTYPES)}, or leave it out")
@@ -48,20 +49,17 @@ def check_model(
         for path, found in find(samples.build().module if is_sample else module).items():
             model, note = usable_copy(found, dtype, device, must_run=not is_sample)
             length = model.length_to_read(max_len, MAX_LEN if is_sample else MAX_LEN_OF_MODEL)
-            text = samples.texts(length).to(model.device, model.dtype) if is_sample else model.text(ROWS, length)
-            cases[path or type(found.module).__name__] = Case(model, text)
-            reads = "random token ids" if model.reads_tokens else "random hidden states"
-            checked.append(f"{summary(path, model)}; {length:,} {'bytes of text' if is_sample else reads}")
+            cases[path or type(found.module).__name__] = Case(model, model.text(ROWS, length))
+            reads = "token ids" if model.reads_tokens else "hidden states"
+            checked.append(f"{summary(path, model)}; {length:,} random {reads}")
             notes += [note] if note else []
         verdicts: list[Result | LeftOut] = []
         for name, case in cases.items():
             prefix = f"{name}: " if len(cases) > 1 else ""
             verdicts += _verdicts(case, is_sample, prefix, progress)
             if not case.positions_matter():
-                notes.append(
-                    f"{prefix}the output is the same without positions, so the check can say little about them. "
-                    "Are these the weights after training?"
-                )
+                says_little = "the output is the same without positions, so the check can say little about them"
+                notes.append(f"{prefix}{says_little}. Are these the weights after training?")
     results = tuple(each for each in verdicts if isinstance(each, Result))
     left_out = tuple(each for each in verdicts if isinstance(each, LeftOut))
     run = {
@@ -76,28 +74,24 @@ def check_model(
     return Report(results, left_out, run, package(), tuple(checked), tuple(notes))
 
 
-def _verdicts(case: Case, is_sample: bool, prefix: str, progress: Callable[[str], None]) -> Iterator[Result | LeftOut]:
+def _verdicts(case: Case, is_sample: bool, prefix: str, progress: bool) -> Iterator[Result | LeftOut]:
     """The verdict on every property that the model can have, and the reason where it cannot."""
-    planned = []
-    for prop in (prop for prop in properties.ALL if is_sample or prop.variant is None):
+    chosen = [replace(each, key=prefix + each.key) for each in properties.ALL if is_sample or each.variant is None]
+    for number, prop in enumerate(chosen, 1):
         reason = getattr(case.model, prop.lacked) if prop.lacked else ""
         if prop.needs and not accepts(prop.needs):
             reason = f"this release of x-transformers lacks the argument {prop.needs}"
-        if reason:
-            yield LeftOut(prefix + prop.key, prop.compared, reason)
-        else:
-            planned.append(prop)
-    for number, prop in enumerate(planned, 1):
-        progress(f"[{number}/{len(planned)}] {prefix}{prop.key}: {prop.compared}")
-        result = _measured(prop, case, prefix)
-        reason = "" if result.passed or is_sample else _lacked_by_plain_rotary(prop, case, result)
-        yield LeftOut(result.key, prop.compared, reason) if reason else result
+        if progress:
+            print(f"[{number}/{len(chosen)}] {prop.key}: {'left out' if reason else prop.compared}", file=sys.stderr)
+        if not reason:
+            result = _measured(prop, case)
+            reason = "" if result.passed or is_sample else _lacked_by_plain_rotary(prop, case, result)
+        yield LeftOut(prop.key, prop.compared, reason) if reason else result
 
 
-def _measured(prop: Property, case: Case, prefix: str = "", tolerance: float | None = None) -> Result:
+def _measured(prop: Property, case: Case, tolerance: float | None = None) -> Result:
     """The verdict on what is measured; what that raises is a failure with the error."""
     points: list[Point] = []
-    key = prefix + prop.key
     try:
         case = samples.variant(case, **prop.variant) if prop.variant else case
         of = prop.tolerance
@@ -105,13 +99,10 @@ def _measured(prop: Property, case: Case, prefix: str = "", tolerance: float | N
         points += prop.measure(case)
     except Exception as raised:  # whatever a broken package raises is what there is to report
         error = said(raised)
-        return Result(key, prop.compared, None, tolerance, error, tuple(points), error)
+        return Result(prop.key, prop.compared, None, tolerance, error, tuple(points), error)
     worst = max(points, key=lambda point: point.deviation)
-    detail = f"{min(point.length for point in points):,} to {max(point.length for point in points):,} positions"
-    if worst.deviation > 0:
-        kind = "worst" if math.isfinite(worst.deviation) else "not finite"
-        detail += f"; {kind} at {worst.length:,}" + (f", {worst.note}" if worst.note else "")
-    return Result(key, prop.compared, worst.deviation, tolerance, detail, tuple(points))
+    detail = f"the worst of {len(points)}, at {worst.length:,} positions" + (f", {worst.note}" if worst.note else "")
+    return Result(prop.key, prop.compared, worst.deviation, tolerance, detail, tuple(points))
 
 
 def _lacked_by_plain_rotary(prop: Property, case: Case, result: Result) -> str:

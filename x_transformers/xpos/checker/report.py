@@ -75,32 +75,28 @@ class Report:
         """The outcome in one line."""
         failed, total = len(self.failures), len(self.results)
         said = f"{failed} of {total} properties FAIL" if failed else f"all {total} properties hold"
-        if not total:
-            said = "no property could be measured: FAIL"
-        if self.package["unpatched"]:
-            said += "; the package is UNPATCHED: it is upstream's, not the fork"
-        elif self.package["modified"]:
-            said += "; the package is MODIFIED since it was built"
-        return f"{said} ({self.run['seconds']:.0f} s)"
+        said = said if total else "no property could be measured: FAIL"
+        unpatched = "; the package is UNPATCHED: it is upstream's, not the fork" if self.package["unpatched"] else ""
+        modified = "; the package is MODIFIED since it was built" if self.package["modified"] else ""
+        return f"{said}{unpatched or modified} ({self.run['seconds']:.0f} s)"
 
     def __str__(self) -> str:
         """Plain text, no line of its own wider than 100 columns (a path may be)."""
-        run = self.run
-        ran = f"{run['dtype']} on {run['device']}, torch {run['torch']}"
-        lines = [*_package_lines(self.package), *_wrapped("run       ", ran)]
+        run, reasons = self.run, dict[str, list[str]]()
+        lines = [*_package_lines(self.package)]
+        lines += _wrapped("run       ", f"{run['dtype']} on {run['device']}, torch {run['torch']}")
         lines += [*_wrapped("checked   ", *self.checked), *_wrapped("note      ", *self.notes)]
         lines += ["", "verdict  deviation  tolerance  what must be the same"]
         for result in self.results:
-            row = f"{'pass' if result.passed else 'FAIL':<7}  {_number(result.deviation):>9}  "
-            lines.append(f"{row}{_number(result.tolerance):>9}  {result.key}: {result.compared}")
+            verdict, numbers = "pass" if result.passed else "FAIL", (result.deviation, result.tolerance)
+            row = "".join(f"{_number(value):>9}  " for value in numbers)
+            lines.append(f"{verdict:<7}  {row}{result.key}: {result.compared}")
             lines += [] if result.passed else _wrapped(" " * 31, result.detail)
-        reasons: dict[str, list[str]] = {}
         for each in self.left_out:
             reasons.setdefault(each.reason, []).append(each.key)
         lines += _wrapped("left out  ", *(f"{', '.join(keys)}: {reason}" for reason, keys in reasons.items()))
         tolerance = (
-            f"Tolerance: {run['factor']:,.0f} times the error that {run['dtype']} forces on the same model with plain "
-            "rotary, run the same way. "
+            f"Tolerance: {run['factor']:,.0f} times the {run['dtype']} error of the same model with plain rotary. "
         )
         if any(result.key.startswith("scores") for result in self.results):
             tolerance += "Of scores: what the rounding of their dtype forces on them."
@@ -139,13 +135,11 @@ def package() -> dict[str, Any]:
 
 
 def _package_lines(package: Mapping[str, Any]) -> list[str]:
-    patches = package["patches"]
     build = "unknown build: the package has no record of it, so its files cannot be compared"
     if package["version"]:
-        count = f"{len(patches)} patch{'' if len(patches) == 1 else 'es'}, line {package['line']}"
-        build = f"{package['version']} = {package['upstream']} and {count}"
+        build = f"{package['version']} = {package['upstream']} and the patches of line {package['line']}"
     lines = [f"package   x_transformers from {package['path']}", f"build     {build}"]
-    lines += [f"          {name}" for name in patches]
+    lines += [f"          {name}" for name in package["patches"]]
     if package["version"] and not package["modified"]:
         lines.append("          the files are as they were built")
     return lines + _wrapped("UNPATCHED ", *package["unpatched"]) + _wrapped("MODIFIED  ", *package["modified"])
