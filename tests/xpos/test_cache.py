@@ -115,7 +115,7 @@ def interrupt(*_: Any) -> None:
 class Session:
     """A model, and the caches that came of a prompt and of one line of a program after another."""
 
-    def __init__(self, model: Any, imports: Callable[[], Any], prompt: Tensor) -> None:
+    def __init__(self, model: Any, imports: Any, prompt: Tensor) -> None:
         self.model, self.imports = model, imports
         self.logits, cache = model(prompt, return_intermediates=True)
         self.caches = [cache]
@@ -171,8 +171,8 @@ class Session:
 def test_whatever_is_done_with_a_cache_it_is_as_if_every_step_made_a_copy(
     options, seed, prompt_len, program, look, modes
 ):
-    sessions, imports_of_both = [], tuple[Callable[[], Any], ...]((nullcontext, pristine_imports))
-    for model, imports in zip(build_both(options, seed), imports_of_both):
+    sessions = []
+    for model, imports in zip(build_both(options, seed), (nullcontext, pristine_imports)):
         for attention in (m for m in model.modules() if hasattr(m, "to_v")):
             attention.to_v.requires_grad_(True)  # as when values are trained and keys are not
         with MODES[modes[0]]():
