@@ -11,7 +11,7 @@ import gc
 import io
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from multiprocessing.reduction import ForkingPickler
@@ -82,11 +82,12 @@ HOLDING: dict[str, Callable[[Tensor, int], Any]] = {
 
 
 def save(cache: LayerIntermediates) -> LayerIntermediates:
-    """In a file, which loads where the fork is not installed."""
     torch.save(cache, file := io.BytesIO())
-    file.seek(0)
-    with pristine_imports():
-        return torch.load(file, weights_only=False)
+    for imports in (pristine_imports, nullcontext):  # the file loads where the fork is not installed too
+        file.seek(0)
+        with imports():
+            loaded = torch.load(file, weights_only=False)
+    return loaded
 
 
 # and some go on from a copy as well
@@ -112,85 +113,77 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-class Session:
-    """A model, and the caches that came of a prompt and of one line of a program after another."""
+def step(model: Any, action: str, x: Tensor, cache: LayerIntermediates) -> tuple[Tensor, LayerIntermediates]:
+    if torch.is_grad_enabled():  # autograd does not take what was made in inference mode
+        replace_kv(cache, lambda t: t.clone() if t.is_inference() else t)
+    # out of memory, or Ctrl-C, in the last layer: the others have gone on
+    last = [m for m in model.modules() if hasattr(m, "attend")][-1]
+    with last.attend.register_forward_pre_hook(interrupt if "interrupted" in action else lambda *_: None):
+        return continue_with(model, x, cache)
 
-    def __init__(self, model: Any, imports: Any, prompt: Tensor) -> None:
-        self.model, self.imports = model, imports
-        self.logits, cache = model(prompt, return_intermediates=True)
-        self.caches = [cache]
-        self.held: list[Any] = []
 
-    def run(self, action: str, which: int, n: int, seed: int) -> str:
-        """What torch says against it: rows that share their memory, say, cannot be edited in place."""
-        if "process" in action and any(isinstance(t, np.ndarray) for t in self.held):
-            return ""  # torch leaves them without their memory
-        cache = self.caches[which % len(self.caches)]
-        try:
-            with self.imports():  # pickle finds classes by name
+def session(
+    model: Any, imports: Any, prompt: Tensor, program: list[Any], modes: list[str], look: bool
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """After each line: what torch says against it, and all that anyone can see, at last or whenever they `look`."""
+    with MODES[modes[0]]():
+        logits, cache = model(prompt, return_intermediates=True)
+    caches, held, error = [cache], list[Any](), ""
+
+    for number, (action, which, n) in enumerate(program):
+        cache, x = caches[which % len(caches)], tokens(number, 1 if "batch" in action else 2, n)
+        # `pickle` finds classes by name
+        with MODES[modes[number % len(modes)]](), imports():
+            try:
                 if action in STEPS:
-                    self.step(action, tokens(seed, 1 if "batch" in action else 2, n), cache)
+                    logits, after = step(model, action, x, cache)
+                    caches.append(after)
                 elif action in REPLACING:
                     REPLACING[action](cache, n)
                 elif action in HOLDING:
-                    self.held += [HOLDING[action](t, n) for t in keys_values(cache)]
-                else:
-                    self.caches.append(COPYING[action](cache))
-        except (RuntimeError, KeyboardInterrupt) as error:
-            return repr(error)
-        return ""
-
-    def step(self, action: str, x: Tensor, cache: LayerIntermediates) -> None:
-        if torch.is_grad_enabled():  # autograd does not take what was made in inference mode
-            replace_kv(cache, lambda t: t.clone() if t.is_inference() else t)
-        # out of memory, or Ctrl-C, in the last layer: the others have gone on
-        last = [m for m in self.model.modules() if hasattr(m, "attend")][-1]
-        hook = last.attend.register_forward_pre_hook(interrupt if "interrupted" in action else lambda *_: None)
-        try:
-            self.logits, after = continue_with(self.model, x, cache)
-            self.caches.append(after)
-        finally:
-            hook.remove()
-
-    def everything(self) -> list[Tensor]:
-        """All that anyone can see: the last output, what is cached, and what was taken from it."""
-        cached = [t for cache in self.caches for t in keys_values(cache)]
-        return [self.logits, *cached, *(torch.as_tensor(t).view(torch.float64) for t in self.held)]
+                    held += [HOLDING[action](t, n) for t in keys_values(cache)]
+                # torch leaves arrays without their memory where it moves that
+                elif "process" not in action or not any(isinstance(t, np.ndarray) for t in held):
+                    caches.append(COPYING[action](cache))
+                error = ""
+            except (RuntimeError, KeyboardInterrupt) as raised:
+                error = repr(raised)
+            seen = (
+                [logits, *(t for cache in caches for t in keys_values(cache))]
+                if look or number == len(program) - 1
+                else []
+            )
+        yield error, [*seen, *(torch.as_tensor(t).view(torch.float64) for t in held)]
 
 
 @given(
-    decoder_options(), seeds, st.integers(1, 12), st.lists(lines, min_size=2, max_size=10), st.booleans(), modes_in_turn
+    decoder_options(), seeds, st.integers(1, 12), st.lists(lines, min_size=2, max_size=10), modes_in_turn, st.booleans()
 )
 # these fail where caches share memory: an older one is edited in place, or two steps go on from one
-@example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("edit", 1, 2), ("step", 2, 1)], False, ["no grad"])
-@example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("step", 1, 1), ("step", 2, 1)], False, ["no grad"])
-@example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("hold views", 1, 2), ("edit", 2, 2)], False, ["no grad"])
-@example(OPTIONS, 0, 4, [("step", 0, 1), ("copy", 1, 1), *[("step", n, 1) for n in (1, 2, 2)]], False, ["no grad"])
+@example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("edit", 1, 2), ("step", 2, 1)], ["no grad"], False)
+@example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("step", 1, 1), ("step", 2, 1)], ["no grad"], False)
+@example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("hold views", 1, 2), ("edit", 2, 2)], ["no grad"], False)
+@example(OPTIONS, 0, 4, [("step", 0, 1), ("copy", 1, 1), *[("step", n, 1) for n in (1, 2, 2)]], ["no grad"], False)
 # and this one where a step appends to what was made in another mode
-@example(OPTIONS, 0, 4, [("step", n, 1) for n in range(6)], False, ["inference", "no grad", "grad"])
+@example(OPTIONS, 0, 4, [("step", n, 1) for n in range(6)], ["inference", "no grad", "grad"], False)
 def test_whatever_is_done_with_a_cache_it_is_as_if_every_step_made_a_copy(
-    options, seed, prompt_len, program, look, modes
+    options, seed, prompt_len, program, modes, look
 ):
-    sessions = []
-    for model, imports in zip(build_both(options, seed), (nullcontext, pristine_imports)):
-        for attention in (m for m in model.modules() if hasattr(m, "to_v")):
-            attention.to_v.requires_grad_(True)  # as when values are trained and keys are not
-        with MODES[modes[0]]():
-            sessions.append(Session(model, imports, tokens(seed, 2, prompt_len)))
+    models = build_both(options, seed)
+    for attention in (m for model in models for m in model.modules() if hasattr(m, "to_v")):
+        attention.to_v.requires_grad_(True)  # as when values are trained and keys are not
 
-    for number, (action, which, n) in enumerate(program):
-        with MODES[modes[number % len(modes)]]():
-            errors = [session.run(action, which, n, seed + number) for session in sessions]
-            assert errors[0] == errors[1]
-            # to look at a cache is one of the things that may be done with it
-            if look or number == len(program) - 1:
-                for actual, expected in zip(*(session.everything() for session in sessions), strict=True):
-                    assert actual.shape == expected.shape
-                    # nobody is handed memory with room for more
-                    assert actual.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
-                    # an edit may make what comes after it anything
-                    if expected.isfinite().all():
-                        assert_equal_to_rounding(actual.detach(), expected.detach())
+    both = zip(models, (nullcontext, pristine_imports))
+    ours, theirs = (session(*each, tokens(seed, 2, prompt_len), program, modes, look) for each in both)
+    for (our_error, our_tensors), (error, tensors) in zip(ours, theirs, strict=True):
+        assert our_error == error
+        for actual, expected in zip(our_tensors, tensors, strict=True):
+            assert actual.shape == expected.shape
+            # nobody is handed memory with room for more
+            assert actual.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+            # an edit may make what comes after it anything
+            if expected.isfinite().all():
+                assert_equal_to_rounding(actual.detach(), expected.detach())
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
