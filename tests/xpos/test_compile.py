@@ -17,25 +17,22 @@ from torch.autograd import forward_ad
 from torch.func import stack_module_state
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
-from ways import assert_equal_to_rounding, continue_with, keys_values
+from ways import assert_equal_to_rounding, continue_with, keys_values, randn
 
 from x_transformers import Attention
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
 MEMORY: dict[str, Any] = dict(attn_num_mem_kv=2)
-ATTENTION: dict[str, dict[str, Any]] = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
+FLASH: dict[str, Any] = dict(attn_flash=True)
+NO_FLASH: dict[str, Any] = dict(attn_custom_attn_fn=softmax)
 
 # the first is compiled for. A length of 1 has a graph of its own in torch, which takes 0 and 1 for constants
 LENGTHS = (3, 7, 2, 33, 100)
 
 
-def model_of(attention: str = "flash", **options: Any) -> Any:
-    return build({**OPTIONS, **ATTENTION[attention], **options}, 0, max_mem_len=1024)
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def model_of(attention: dict[str, Any] = FLASH, **options: Any) -> Any:
+    return build({**OPTIONS, **attention, **options}, 0, max_mem_len=1024)
 
 
 @pytest.fixture(autouse=True)
@@ -43,31 +40,6 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def graphs_compiled(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], backend: str = "eager", params: Sequence[Any] = ()
-) -> int:
-    """How many graphs are compiled for the calls, each of which must give what eager mode gives, gradients included."""
-
-    def answers(run: Callable[..., Any], call: tuple[Any, ...]) -> list[Tensor]:
-        out = tree_leaves(run(*call))
-        return [*out, *torch.autograd.grad(out[0].square().sum(), params)] if params else out
-
-    function(*calls[0])  # einops registers torch with its first call, which must not be within the graph
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    for call in calls:
-        actual, expected = answers(compiled, call), answers(function, call)
-        assert len(actual) == len(expected) > 0
-        for a, e in zip(actual, expected):
-            assert_equal_to_rounding(a, e)
-    # the functionalized one is counted beside an empty one
-    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
-
-
-def prompt(model: Any, n: int) -> LayerIntermediates:
-    return model(tokens(n, 2, n), return_intermediates=True)[1]
 
 
 def answer(model: Any, x: Tensor, cache: LayerIntermediates | None = None, **kwargs: Any) -> Any:
@@ -78,10 +50,36 @@ def answer(model: Any, x: Tensor, cache: LayerIntermediates | None = None, **kwa
     return logits, keys_values(cache)
 
 
-# options, and what a model is called with for a length; tokens (2, n) if nothing else is said
+def graphs_compiled(model: Any, calls: Sequence[dict[str, Any]], backend: str = "eager") -> int:
+    """How many graphs are compiled for the calls, each of which must give what eager mode gives, gradients included."""
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def tensors(run: Callable[..., Any], call: dict[str, Any]) -> list[Tensor]:
+        out = tree_leaves(run(model, **call))
+        return [*out, *torch.autograd.grad(out[0].square().sum(), params)] if params else out
+
+    answer(model, **calls[0])  # einops registers torch with its first call, which must not be within the graph
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(answer, fullgraph=True, dynamic=True, backend=counter)
+    for call in calls:
+        for actual, expected in zip(tensors(compiled, call), tensors(answer, call), strict=True):
+            assert_equal_to_rounding(actual, expected)
+    # the functionalized one is counted beside an empty one
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
+def prompt(model: Any, n: int) -> LayerIntermediates:
+    return model(tokens(n, 2, n), return_intermediates=True)[1]
+
+
+def whole_sequence(model: Any, n: int) -> dict[str, Any]:
+    return dict(x=tokens(n, 2, n + 1), cache=prompt(model, n), cache_age=1, input_not_include_cache=False)
+
+
+# what a model is made with, and called with for a length; tokens (2, n) if nothing else is said
 CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = {
-    "self attention": ({}, lambda model, n: {}),
-    "all dims rotated": (dict(rotary_emb_dim=8), lambda model, n: {}),
+    "training step": (dict(attention=NO_FLASH, **MEMORY), lambda model, n: {}),
+    "all dims rotated": (dict(attention=NO_FLASH, rotary_emb_dim=8), lambda model, n: {}),
     "pos of each row": ({}, lambda model, n: dict(pos=torch.arange(n) + torch.tensor([[5], [900]]))),
     "masked keys": ({}, lambda model, n: dict(self_attn_kv_mask=torch.arange(n) < torch.tensor([[n], [(n + 1) // 2]]))),
     "rotary_window": ({}, lambda model, n: dict(pos=torch.arange(n) + n, rotary_window=(0, 3 * n))),
@@ -91,39 +89,25 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = 
         lambda model, n: dict(context=randn(n, 2, n + 4, 16), context_pos=torch.arange(n + 4)),
     ),
     "decode step": (MEMORY, lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n))),
-    "decode step, whole sequence passed": (
-        {},
-        lambda model, n: dict(
-            x=tokens(n, 2, n + 1), cache=prompt(model, n), cache_age=1, input_not_include_cache=False
-        ),
+    "decode step, no flash": (
+        dict(attention=NO_FLASH, **MEMORY),
+        lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n)),
     ),
+    "decode step, whole sequence passed": ({}, whole_sequence),
     "chunk": ({}, lambda model, n: dict(x=tokens(n + 1, 2, 5 + n // 3), cache=prompt(model, n))),
 }
+# functionalized too, and compiled in earnest
+IN_EARNEST = [pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("training step", "decode step")]
 
 
-@pytest.mark.parametrize(
-    ("name", "attention", "backend"),
-    [
-        *((name, "flash", "eager") for name in CALLS if name not in ("all dims rotated", "decode step")),
-        *((name, "no flash", "eager") for name in ("all dims rotated", "decode step")),
-        # functionalized too, and compiled in earnest
-        pytest.param("decode step", "flash", "inductor", marks=pytest.mark.slow),
-    ],
-)
-@torch.no_grad()
-def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, attention, backend):
-    options, arguments = CALLS[name]
-    model = model_of(attention, **options)
-    calls = [({"x": tokens(n, 2, n), **arguments(model, n)},) for n in LENGTHS]
+@pytest.mark.parametrize(("name", "backend"), [*((name, "eager") for name in CALLS), *IN_EARNEST])
+def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, backend):
+    (made_with, arguments), is_training = CALLS[name], name == "training step"
+    model = model_of(**made_with).requires_grad_(is_training)
 
-    assert graphs_compiled(lambda kwargs: answer(model, **kwargs), calls, backend) == 1
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode(backend):
-    model = model_of("no flash", **MEMORY).requires_grad_(True)
-
-    assert graphs_compiled(model, [(tokens(n, 2, n),) for n in LENGTHS], backend, [*model.parameters()]) == 1
+    with torch.set_grad_enabled(is_training):
+        calls = [{"x": tokens(n, 2, n), **arguments(model, n)} for n in LENGTHS]
+        assert graphs_compiled(model, calls, backend) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,15 +116,14 @@ def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode(backend)
 @torch.no_grad()
 def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager_mode(compiled):
     model, x, lens = model_of(**MEMORY), tokens(0, 2, 12), [5, 7]
-    expected, parts = model(x), [model, model]
+    expected, whole = model(x), torch.compile(model, dynamic=True, backend="eager")
+    parts = [whole, whole]
     for layer in (module for module in model.modules() if isinstance(module, Attention)):
         if compiled == "layers":
+            parts = [model, model]
             layer.compile(fullgraph=True, dynamic=True, backend="eager")
         elif compiled == "what is around them":
             layer.forward = torch.compiler.disable(layer.forward)
-    if compiled != "layers":
-        whole = torch.compile(model, dynamic=True, backend="eager")
-        parts = [whole, whole]
     if compiled == "one step of several":  # the cache has room for more by then
         parts, lens = [model, model, model, whole, model, model], [5, 1, 1, 1, 1, 3]
 
@@ -157,7 +140,7 @@ def test_one_more_graph_for_a_length_of_1_and_an_error_past_the_limit():
     longest = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float16)
     lengths = (3, longest, 1, longest + 1, longest + 9, 1, 2)
 
-    assert graphs_compiled(model, [(tokens(0, 1, n),) for n in lengths]) == 2
+    assert graphs_compiled(model, [dict(x=tokens(0, 1, n)) for n in lengths]) == 2
 
     compiled = torch.compile(model, dynamic=True, backend="eager")
     too_long = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float64) + 1
@@ -172,8 +155,7 @@ def test_a_mask_costs_as_many_graphs_as_with_plain_rotary():
     def graphs(**options: Any) -> int:
         model = model_of(**options)
         masks = [torch.arange(n) < torch.tensor([[n], [n // 2 + 1]]) for n in LENGTHS[:2]]
-        calls = [(tokens(mask.shape[1], *mask.shape), mask) for mask in masks]
-        return graphs_compiled(lambda x, mask: model(x, mask=mask), calls)
+        return graphs_compiled(model, [dict(x=tokens(mask.shape[1], *mask.shape), mask=mask) for mask in masks])
 
     assert graphs() == graphs(rotary_xpos=False, rotary_pos_emb=True)
 
@@ -197,13 +179,13 @@ def in_onnx(model: Any, x: Tensor, path: Path, **how: Any) -> Program:
 
 
 # with what attention, how, and with what arguments
-EXPORTS: dict[str, tuple[str, Callable[..., Program], dict[str, Any]]] = {
-    "no flash": ("no flash", exported, dict(strict=False)),
-    "flash": ("flash", exported, dict(strict=False)),
-    "strict": ("flash", exported, dict(strict=True)),
-    "onnx": ("flash", in_onnx, dict(dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)),
+EXPORTS: dict[str, tuple[dict[str, Any], Callable[..., Program], dict[str, Any]]] = {
+    "no flash": (NO_FLASH, exported, dict(strict=False)),
+    "flash": (FLASH, exported, dict(strict=False)),
+    "strict": (FLASH, exported, dict(strict=True)),
+    "onnx": (FLASH, in_onnx, dict(dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)),
     # it cannot express that flash attention is causal from some length on
-    "onnx, older": ("no flash", in_onnx, dict(dynamo=False, dynamic_axes=dict(x={1: "n"}), opset_version=17)),
+    "onnx, older": (NO_FLASH, in_onnx, dict(dynamo=False, dynamic_axes=dict(x={1: "n"}), opset_version=17)),
 }
 
 
@@ -262,7 +244,7 @@ TRACERS = {
 @pytest.mark.filterwarnings("ignore")  # of what a trace takes for constant
 @torch.no_grad()
 def test_what_is_traced_keeps_nothing_of_the_inputs_that_it_was_traced_with(trace):
-    model = model_of("no flash", **MEMORY)
+    model = model_of(NO_FLASH, **MEMORY)
     for function, inputs in (
         (model, lambda seed: (tokens(seed, 2, 9),)),
         (lambda *args: steps(model, *args), lambda seed: (tokens(seed, 2, 2), *key_values(seed))),
@@ -272,11 +254,11 @@ def test_what_is_traced_keeps_nothing_of_the_inputs_that_it_was_traced_with(trac
             assert_equal_to_rounding(traced(*inputs(seed)), function(*inputs(seed)))
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", [FLASH, NO_FLASH])
 @pytest.mark.parametrize("window", [{}, dict(rotary_window=(0, 39))])
 @torch.no_grad()
 def test_models_tokens_and_positions_may_be_mapped_over(attention, window):
-    models = [build({**OPTIONS, **MEMORY, **ATTENTION[attention]}, seed) for seed in range(3)]
+    models = [build({**OPTIONS, **MEMORY, **attention}, seed) for seed in range(3)]
     x, pos = tokens(0, 3, 9)[:, None], torch.arange(9) + torch.tensor([[0], [7], [30]])
 
     def decode(params: Any, buffers: Any, x: Tensor, pos: Tensor) -> Tensor:
@@ -291,24 +273,25 @@ def test_models_tokens_and_positions_may_be_mapped_over(attention, window):
         assert_equal_to_rounding(mapped[i], model(x[i], pos=pos[i]))
 
 
+def derivatives(model: Any) -> list[Tensor]:
+    """Of decoding: forward mode by torch.func and by dual numbers, gradients, and those of each sample."""
+    x, kv, tangents = tokens(0, 2, 2), key_values(0), key_values(5)
+
+    def decode(*kv: Tensor) -> Tensor:
+        return steps(model, x, *kv)
+
+    def loss_of_one(kv: Any, x: Tensor) -> Tensor:
+        return steps(model, x[None], *(t[None] for t in kv)).square().sum()
+
+    with torch.no_grad():
+        found = [*torch.func.jvp(decode, kv, tangents)]
+        with forward_ad.dual_level():
+            found += forward_ad.unpack_dual(decode(*map(forward_ad.make_dual, kv, tangents)))
+    found += torch.func.grad(lambda kv: decode(*kv).square().sum())(kv)
+    return [*found, *torch.vmap(torch.func.grad(loss_of_one))(kv, x)]
+
+
 def test_derivatives_through_decoding_are_those_of_upstream():
-    x, kv, tangents, found = tokens(0, 2, 2), key_values(0), key_values(5), []
-
-    for model in build_both({**OPTIONS, **ATTENTION["no flash"]}, 0):
-
-        def decode(*kv: Tensor, x: Tensor = x, model: Any = model) -> Tensor:
-            return steps(model, x, *kv)
-
-        def loss_of_one(kv: Any, x: Tensor, decode: Any = decode) -> Tensor:
-            return decode(*(t[None] for t in kv), x=x[None]).square().sum()
-
-        with torch.no_grad(), forward_ad.dual_level():
-            duals = forward_ad.unpack_dual(decode(*map(forward_ad.make_dual, kv, tangents)))
-        with torch.no_grad():
-            found.append([*duals, *torch.func.jvp(decode, kv, tangents)])
-        found[-1] += torch.func.grad(lambda kv, decode=decode: decode(*kv).square().sum())(kv)
-        found[-1] += torch.vmap(torch.func.grad(loss_of_one))(kv, x)
-
-    for actual, expected in zip(*found, strict=True):
+    for actual, expected in zip(*map(derivatives, build_both({**OPTIONS, **NO_FLASH}, 0)), strict=True):
         assert expected.abs().max() > 0
         assert_equal_to_rounding(actual, expected)
