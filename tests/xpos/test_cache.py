@@ -164,7 +164,9 @@ def session(
 @example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("step", 1, 1), ("step", 2, 1)], ["no grad"], False)
 @example(OPTIONS, 0, 4, [("step", 0, 1), ("step", 1, 1), ("hold views", 1, 2), ("edit", 2, 2)], ["no grad"], False)
 @example(OPTIONS, 0, 4, [("step", 0, 1), ("copy", 1, 1), *[("step", n, 1) for n in (1, 2, 2)]], ["no grad"], False)
-# and this one where a step appends to what was made in another mode
+# where a step appends what does not fit
+@example(OPTIONS, 0, 4, [("step", 0, 1), ("step with a wrong batch", 1, 1)], ["no grad"], False)
+# and where it appends to what was made in another mode
 @example(OPTIONS, 0, 4, [("step", n, 1) for n in range(6)], ["inference", "no grad", "grad"], False)
 def test_whatever_is_done_with_a_cache_it_is_as_if_every_step_made_a_copy(
     options, seed, prompt_len, program, modes, look
