@@ -24,28 +24,23 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
 
 from reference import xpos_score
-from strategies import build, softmax, tokens
+from strategies import OPTIONS, build, softmax, tokens
 
 from x_transformers import Attention, Decoder
 from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
 
 DIM, CHUNK, ROWS_PER_CHUNK = 64, 2_048, 4
 HAS_WINDOW = "seq_len" in inspect.signature(RotaryEmbedding.forward).parameters
-SMALL = dict(
-    dim=DIM,
-    depth=2,
-    heads=4,
-    attn_dim_head=16,
-    attn_custom_attn_fn=softmax,
-    rotary_emb_dim=16,
-    rotary_xpos=True,
-    rotary_xpos_scale_base=32,
-    verbose=False,
-)
+SMALL = {**OPTIONS, "dim": DIM, "heads": 4, "attn_dim_head": 16, "rotary_emb_dim": 16, "attn_custom_attn_fn": softmax}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -90,7 +85,7 @@ def one_layer(dtype: torch.dtype, **options: object) -> tuple[nn.Module, Attenti
     return decoder.to(dtype).eval().requires_grad_(False), attention
 
 
-# whole models in float64: keys without a position, and across attention
+# whole models, in float64 where they have keys without a position or attend across
 
 
 def prefix(options: dict[str, Any], **kwargs: object) -> float:
@@ -99,7 +94,15 @@ def prefix(options: dict[str, Any], **kwargs: object) -> float:
     return relative(model(x[:, :8], **kwargs), model(x, **kwargs)[:, :8])
 
 
-def models() -> Iterator[tuple[str, float]]:
+def errors() -> Iterator[tuple[str, float]]:
+    for n in (100_000, 1_000_000):
+        for dtype in DTYPES:
+            yield f"one query, context {n:,}, {name(dtype)}", scores(n, 1, dtype)
+    for n in (4_096, 65_536):
+        yield f"{n:,} queries in one call, float32", scores(n, n, torch.float32)
+    for dtype in DTYPES[1:]:
+        yield f"model cast to {name(dtype)}, 512 tokens", scores_of_cast_model(512, dtype)
+
     x, mask = tokens(0, 2, 40), torch.arange(50).expand(2, 50) < 30
     torch.manual_seed(0)
     added = [tuple(torch.randn(2, 4, 3, 16).double() for _ in range(2)) for _ in range(2)]
@@ -147,26 +150,19 @@ def in_chunks(length: int, dtype: torch.dtype, *, xpos: bool) -> float:
     return relative(*map(torch.stack, zip(*pairs)))
 
 
+def errors_in_chunks(length: int) -> Iterator[tuple[str, float]]:
+    for dtype in DTYPES[1:]:
+        for xpos in (False, True):
+            how = "xPos" if xpos else "no positions"
+            yield f"{length:,} tokens, {name(dtype)}, {how}", in_chunks(length, dtype, xpos=xpos)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="How right xPos is, in the package that is imported.")
     parser.add_argument("--chunks", type=int, metavar="N", help=f"only: N tokens through the KV cache, {CHUNK} a call")
     options = parser.parse_args()
-    if options.chunks is not None:
-        for dtype in (torch.float16, torch.bfloat16):
-            for xpos in (False, True):
-                name = f"{options.chunks:,} tokens, {str(dtype)[6:]}, {'xPos' if xpos else 'no positions'}"
-                print(f"{name:<45} {in_chunks(options.chunks, dtype, xpos=xpos):.1e}", flush=True)
-        return
-    for context in (100_000, 1_000_000):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            print(f"{f'one query, context {context:,}, {str(dtype)[6:]}':<45} {scores(context, 1, dtype):.1e}")
-    for n in (4_096, 65_536):
-        print(f"{f'{n:,} queries in one call, float32':<45} {scores(n, n, torch.float32):.1e}")
-    for dtype in (torch.bfloat16, torch.float16):
-        error = scores_of_cast_model(512, dtype)
-        print(f"{f'model cast to {str(dtype)[6:]}, 512 tokens':<45} {error:.1e}")
-    for name, error in models():
-        print(f"{name:<45} {error:.1e}")
+    for what, error in errors() if options.chunks is None else errors_in_chunks(options.chunks):
+        print(f"{what:<45} {error:.1e}", flush=True)
 
 
 if __name__ == "__main__":

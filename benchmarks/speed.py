@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
+import importlib
 import itertools
 import random
 import statistics
@@ -175,7 +175,7 @@ def replayed(setup: Setup, length: int) -> Samples:
 
 
 def rotation(setup: Setup, length: int) -> Samples:
-    """Of q and k (1, 8, n, 64) with 32 dims rotated, tables given, beside a copy, and flash-attention's kernel."""
+    """Of q and k (1, 8, n, 64) with 32 dims rotated, tables given, beside a copy of both."""
     q, k = torch.randn(2, 1, HEADS, length, DIM_HEAD).to(setup.device, setup.dtype).unbind()
     old, new = (setup.packages[name].x_transformers for name in ("upstream", "fork"))
     freqs, scale = old.RotaryEmbedding(ROTARY_DIM, use_xpos=True).to(setup.device).forward_from_seq_len(length)
@@ -183,21 +183,12 @@ def rotation(setup: Setup, length: int) -> Samples:
     # with a row in front, that of keys without a position
     table = new.XPosTable(*(t[:, 1 - at :] for at, t in enumerate(rotary.forward_from_seq_len(length + 1))))
     table.query_len, table.dim = length, DIM_HEAD
-    factors = table.factors
-
     rotate = old.apply_rotary_pos_emb
     calls = {
         ("both", "none"): lambda: (q.clone(), k.clone()),
         ("upstream", "xpos"): lambda: (rotate(q, freqs, scale), rotate(k, freqs, scale**-1.0)),
-        ("fork", "xpos"): lambda: tuple(map(new.multiply_pairs, (q, k), factors)),
+        ("fork", "xpos"): lambda: tuple(map(new.multiply_pairs, (q, k), table.factors)),
     }
-    if setup.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
-        apply_rotary = importlib.import_module("flash_attn.ops.triton.rotary").apply_rotary
-        halves = [factor[0, 0, :, : ROTARY_DIM // 2] for factor in factors]
-        tables = [(half.real.to(setup.dtype).contiguous(), half.imag.to(setup.dtype).contiguous()) for half in halves]
-        calls["flash-attention", "xpos"] = lambda: tuple(
-            apply_rotary(t.transpose(1, 2), *table, interleaved=True) for t, table in zip((q, k), tables)
-        )
     return setup.timed(lambda call: call(), calls)
 
 
@@ -206,7 +197,7 @@ PARTS: Mapping[str, tuple[Callable[[Setup, int], Samples], str, Sequence[int]]] 
     "prefill": (prefill, HEAD, (1_024,)),
     "train": (train, HEAD, (1_024,)),
     "decode": (decode, HEAD, (256, 1_024, 4_096, 16_384)),
-    "rotation": (rotation, "copy | xPos, upstream | xPos, fork | fused, if installed", (1_024,)),
+    "rotation": (rotation, "copy | xPos, upstream | xPos, fork", (1_024,)),
     "compiled": (compiled, "no positions | xPos, upstream | xPos, fork", (256, 1_024)),
     "replayed": (replayed, HEAD, (256, 1_024, 4_096, 16_384)),
 }

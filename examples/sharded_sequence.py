@@ -60,29 +60,19 @@ def gather_keys(attend: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if kwargs.get("mask") is not None:
         raise ValueError("`mask` holds the keys of one process only; pass sequences without padding")
     num_mem = kv[0].shape[-2] - q.shape[-2]
-    gathered = []
-    for t in kv:
-        parts = Gather.apply(t[..., num_mem:, :])
-        gathered.append(torch.cat((t[..., :num_mem, :], *parts[: dist.get_rank() + 1].unbind()), dim=-2))
-    return (q, *gathered), kwargs
-
-
-def shard_attention_(model: Module) -> Module:
-    """Makes every attention of a decoder attend to the keys of all processes; changes the model that is passed in."""
-    for module in model.modules():
-        if isinstance(module, Attend):
-            module.register_forward_pre_hook(gather_keys, with_kwargs=True)
-    return model
+    for at, t in enumerate(kv):
+        parts = Gather.apply(t[..., num_mem:, :])[: dist.get_rank() + 1]
+        kv[at] = torch.cat((t[..., :num_mem, :], *parts), dim=-2)
+    return (q, *kv), kwargs
 
 
 def forward_shard(model: Module, tokens: Tensor, *, own_windows: bool = False) -> Tensor:
     """Logits (b, n / processes, c) of the shard of `tokens` (b, n) that belongs to this process."""
-    processes, rank = dist.get_world_size(), dist.get_rank()
-    if tokens.shape[1] % processes:
-        raise ValueError(f"`tokens` has {tokens.shape[1]} in a sequence, no multiple of {processes} processes; pad it")
-    shard = tokens.chunk(processes, dim=1)[rank]
-    pos = torch.arange(shard.shape[1], device=tokens.device) + rank * shard.shape[1]
-    logits: Tensor = model(shard, pos=pos, rotary_window=None if own_windows else (0, tokens.shape[1]))
+    total, processes, rank = tokens.shape[1], dist.get_world_size(), dist.get_rank()
+    if total % processes:
+        raise ValueError(f"`tokens` has {total} in a sequence, no multiple of {processes} processes; pad it")
+    shard, pos = (t.chunk(processes, dim=-1)[rank] for t in (tokens, torch.arange(total, device=tokens.device)))
+    logits: Tensor = model(shard, pos=pos, rotary_window=None if own_windows else (0, total))
     return logits
 
 
@@ -111,12 +101,15 @@ def compare(device: torch.device, *, own_windows: bool, **options: Any) -> Tenso
     tokens = torch.randint(NUM_TOKENS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
 
     # in one process: every one of them, to compare with
-    whole = build(device, **options)
-    expected = whole(tokens)
-    expected_gradients = gradients(whole, expected.square().mean())
+    model = build(device, **options)
+    expected = model(tokens)
+    expected_gradients = gradients(model, expected.square().mean())
 
     # sharded: a loss is the sum of those of the shards, and so is a gradient
-    model = shard_attention_(build(device, **options))
+    model = build(device, **options)
+    for module in model.modules():
+        if isinstance(module, Attend):
+            module.register_forward_pre_hook(gather_keys, with_kwargs=True)
     logits = forward_shard(model, tokens, own_windows=own_windows)
     actual_gradients = gradients(model, logits.square().sum() / expected.numel())
     dist.all_reduce(actual_gradients)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import strategies
 import torch
@@ -17,25 +17,22 @@ from torch.autograd import forward_ad
 from torch.func import stack_module_state
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
-from ways import assert_equal_to_rounding, continue_with, keys_values
+from ways import assert_equal_to_rounding, continue_with, keys_values, randn
 
 from x_transformers import Attention
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
 MEMORY: dict[str, Any] = dict(attn_num_mem_kv=2)
-ATTENTION: dict[str, dict[str, Any]] = {"flash": dict(attn_flash=True), "no flash": dict(attn_custom_attn_fn=softmax)}
+FLASH: dict[str, Any] = dict(attn_flash=True)
+NO_FLASH: dict[str, Any] = dict(attn_custom_attn_fn=softmax)
 
 # the first is compiled for. A length of 1 has a graph of its own in torch, which takes 0 and 1 for constants
 LENGTHS = (3, 7, 2, 33, 100)
 
 
-def model_of(attention: str = "flash", **options: Any) -> Any:
-    return build({**OPTIONS, **ATTENTION[attention], **options}, 0, max_mem_len=1024)
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def model_of(attention: dict[str, Any] = FLASH, **options: Any) -> Any:
+    return build({**OPTIONS, **attention, **options}, 0, max_mem_len=1024)
 
 
 @pytest.fixture(autouse=True)
@@ -43,31 +40,6 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def graphs_compiled(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], backend: str = "eager", params: Sequence[Any] = ()
-) -> int:
-    """How many graphs are compiled for the calls, each of which must give what eager mode gives, gradients included."""
-
-    def answers(run: Callable[..., Any], call: tuple[Any, ...]) -> list[Tensor]:
-        out = tree_leaves(run(*call))
-        return [*out, *torch.autograd.grad(out[0].square().sum(), params)] if params else out
-
-    function(*calls[0])  # einops registers torch with its first call, which must not be within the graph
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    for call in calls:
-        actual, expected = answers(compiled, call), answers(function, call)
-        assert len(actual) == len(expected) > 0
-        for a, e in zip(actual, expected):
-            assert_equal_to_rounding(a, e)
-    # the functionalized one is counted beside an empty one
-    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
-
-
-def prompt(model: Any, n: int) -> LayerIntermediates:
-    return model(tokens(n, 2, n), return_intermediates=True)[1]
 
 
 def answer(model: Any, x: Tensor, cache: LayerIntermediates | None = None, **kwargs: Any) -> Any:
@@ -78,10 +50,36 @@ def answer(model: Any, x: Tensor, cache: LayerIntermediates | None = None, **kwa
     return logits, keys_values(cache)
 
 
-# options, and what a model is called with for a length; tokens (2, n) if nothing else is said
+def graphs_compiled(model: Any, calls: Sequence[dict[str, Any]], backend: str = "eager") -> int:
+    """How many graphs are compiled for the calls, each of which must give what eager mode gives, gradients included."""
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def tensors(run: Callable[..., Any], call: dict[str, Any]) -> list[Tensor]:
+        out = tree_leaves(run(model, **call))
+        return [*out, *torch.autograd.grad(out[0].square().sum(), params)] if params else out
+
+    answer(model, **calls[0])  # einops registers torch with its first call, which must not be within the graph
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(answer, fullgraph=True, dynamic=True, backend=counter)
+    for call in calls:
+        for actual, expected in zip(tensors(compiled, call), tensors(answer, call), strict=True):
+            assert_equal_to_rounding(actual, expected)
+    # the functionalized one is counted beside an empty one
+    return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
+
+
+def prompt(model: Any, n: int) -> LayerIntermediates:
+    return model(tokens(n, 2, n), return_intermediates=True)[1]
+
+
+def whole_sequence(model: Any, n: int) -> dict[str, Any]:
+    return dict(x=tokens(n, 2, n + 1), cache=prompt(model, n), cache_age=1, input_not_include_cache=False)
+
+
+# what a model is made with, and called with for a length; tokens (2, n) if nothing else is said
 CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = {
-    "self attention": ({}, lambda model, n: {}),
-    "all dims rotated": (dict(rotary_emb_dim=8), lambda model, n: {}),
+    "training step": (dict(attention=NO_FLASH, **MEMORY), lambda model, n: {}),
+    "all dims rotated": (dict(attention=NO_FLASH, rotary_emb_dim=8), lambda model, n: {}),
     "pos of each row": ({}, lambda model, n: dict(pos=torch.arange(n) + torch.tensor([[5], [900]]))),
     "masked keys": ({}, lambda model, n: dict(self_attn_kv_mask=torch.arange(n) < torch.tensor([[n], [(n + 1) // 2]]))),
     "rotary_window": ({}, lambda model, n: dict(pos=torch.arange(n) + n, rotary_window=(0, 3 * n))),
@@ -91,39 +89,25 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = 
         lambda model, n: dict(context=randn(n, 2, n + 4, 16), context_pos=torch.arange(n + 4)),
     ),
     "decode step": (MEMORY, lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n))),
-    "decode step, whole sequence passed": (
-        {},
-        lambda model, n: dict(
-            x=tokens(n, 2, n + 1), cache=prompt(model, n), cache_age=1, input_not_include_cache=False
-        ),
+    "decode step, no flash": (
+        dict(attention=NO_FLASH, **MEMORY),
+        lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n)),
     ),
+    "decode step, whole sequence passed": ({}, whole_sequence),
     "chunk": ({}, lambda model, n: dict(x=tokens(n + 1, 2, 5 + n // 3), cache=prompt(model, n))),
 }
+# functionalized too, and compiled in earnest
+IN_EARNEST = [pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("training step", "decode step")]
 
 
-@pytest.mark.parametrize(
-    ("name", "attention", "backend"),
-    [
-        *((name, "flash", "eager") for name in CALLS if name not in ("all dims rotated", "decode step")),
-        *((name, "no flash", "eager") for name in ("all dims rotated", "decode step")),
-        # functionalized too, and compiled in earnest
-        pytest.param("decode step", "flash", "inductor", marks=pytest.mark.slow),
-    ],
-)
-@torch.no_grad()
-def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, attention, backend):
-    options, arguments = CALLS[name]
-    model = model_of(attention, **options)
-    calls = [({"x": tokens(n, 2, n), **arguments(model, n)},) for n in LENGTHS]
+@pytest.mark.parametrize(("name", "backend"), [*((name, "eager") for name in CALLS), *IN_EARNEST])
+def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, backend):
+    (made_with, arguments), is_training = CALLS[name], name == "training step"
+    model = model_of(**made_with).requires_grad_(is_training)
 
-    assert graphs_compiled(lambda kwargs: answer(model, **kwargs), calls, backend) == 1
-
-
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode(backend):
-    model = model_of("no flash", **MEMORY).requires_grad_(True)
-
-    assert graphs_compiled(model, [(tokens(n, 2, n),) for n in LENGTHS], backend, [*model.parameters()]) == 1
+    with torch.set_grad_enabled(is_training):
+        calls = [{"x": tokens(n, 2, n), **arguments(model, n)} for n in LENGTHS]
+        assert graphs_compiled(model, calls, backend) == 1
 
 
 @pytest.mark.parametrize(
@@ -132,23 +116,20 @@ def test_gradients_of_one_graph_for_all_lengths_are_those_of_eager_mode(backend)
 @torch.no_grad()
 def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager_mode(compiled):
     model, x, lens = model_of(**MEMORY), tokens(0, 2, 12), [5, 7]
-    expected, steps = model(x), [model] * 6
-    layers = [module for module in model.modules() if isinstance(module, Attention)]
-    if compiled == "one step of several":
-        # the cache has room for more by then
-        lens = [5, 1, 1, 1, 1, 3]
-        steps[3] = torch.compile(model, dynamic=True, backend="eager")
-    elif compiled == "layers":
-        for layer in layers:
+    expected, whole = model(x), torch.compile(model, dynamic=True, backend="eager")
+    parts = [whole, whole]
+    for layer in (module for module in model.modules() if isinstance(module, Attention)):
+        if compiled == "layers":
+            parts = [model, model]
             layer.compile(fullgraph=True, dynamic=True, backend="eager")
-    else:
-        for layer in layers:
+        elif compiled == "what is around them":
             layer.forward = torch.compiler.disable(layer.forward)
-        model.compile(dynamic=True, backend="eager")
+    if compiled == "one step of several":  # the cache has room for more by then
+        parts, lens = [model, model, model, whole, model, model], [5, 1, 1, 1, 1, 3]
 
     chunks, cache = [], None
-    for step, chunk in zip(steps, x.split(lens, dim=1)):
-        logits, cache = continue_with(step, chunk, cache)
+    for part, chunk in zip(parts, x.split(lens, dim=1)):
+        logits, cache = continue_with(part, chunk, cache)
         chunks.append(logits)
     assert_equal_to_rounding(torch.cat(chunks, dim=1), expected)
 
@@ -159,7 +140,7 @@ def test_one_more_graph_for_a_length_of_1_and_an_error_past_the_limit():
     longest = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float16)
     lengths = (3, longest, 1, longest + 1, longest + 9, 1, 2)
 
-    assert graphs_compiled(model, [(tokens(0, 1, n),) for n in lengths]) == 2
+    assert graphs_compiled(model, [dict(x=tokens(0, 1, n)) for n in lengths]) == 2
 
     compiled = torch.compile(model, dynamic=True, backend="eager")
     too_long = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float64) + 1
@@ -174,73 +155,65 @@ def test_a_mask_costs_as_many_graphs_as_with_plain_rotary():
     def graphs(**options: Any) -> int:
         model = model_of(**options)
         masks = [torch.arange(n) < torch.tensor([[n], [n // 2 + 1]]) for n in LENGTHS[:2]]
-        calls = [(tokens(mask.shape[1], *mask.shape), mask) for mask in masks]
-        return graphs_compiled(lambda x, mask: model(x, mask=mask), calls)
+        return graphs_compiled(model, [dict(x=tokens(mask.shape[1], *mask.shape), mask=mask) for mask in masks])
 
     assert graphs() == graphs(rotary_xpos=False, rotary_pos_emb=True)
 
 
-# export
+# exported
 
-# to be run with; there is none that it is exported for
-EXPORTED_LENGTHS = (1, 2, 7, 31, 300)
-
-
-def dynamic_shapes() -> tuple[dict[int, Any]]:
-    return ({1: torch.export.Dim("n")},)
+Program = Callable[[Tensor], Tensor]
+DYNAMIC: Any = ({1: torch.export.Dim("n")},)
 
 
-@pytest.mark.parametrize(("attention", "strict"), [("no flash", False), ("flash", False), ("flash", True)])
-@torch.no_grad()
-def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(attention, strict):
-    model, x = model_of(attention, **MEMORY), tokens(0, 2, 7)
-    model(x)
-
-    program = torch.export.export(model, (x,), dynamic_shapes=dynamic_shapes(), strict=strict).module()
-
-    for n in EXPORTED_LENGTHS:
-        x = tokens(n, 2, n)
-        assert_equal_to_rounding(program(x), model(x))
+def exported(model: Any, x: Tensor, path: Path, **how: Any) -> Program:
+    return torch.export.export(model, (x,), dynamic_shapes=DYNAMIC, **how).module()
 
 
-class Embeddings(torch.nn.Module):
-    """Of a model; the older exporter has no logits of upstream's."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x, return_embeddings=True)
-
-
-@pytest.mark.parametrize("dynamo", [False, True])
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore")  # of the older exporter, that it is old
-def test_one_onnx_file_gives_the_answers_of_eager_mode_at_all_lengths(dynamo, tmp_path):
+def in_onnx(model: Any, x: Tensor, path: Path, **how: Any) -> Program:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    # the older one cannot express that flash attention is causal from some length on
-    model = Embeddings(build({**OPTIONS, **MEMORY, "attn_flash": dynamo}, 0, dtype=torch.float32))
-    path, x = tmp_path / "model.onnx", tokens(0, 2, 7)
+    torch.onnx.export(model, (x,), path, input_names=["x"], **how)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+# with what attention, how, and with what arguments
+EXPORTS: dict[str, tuple[dict[str, Any], Callable[..., Program], dict[str, Any]]] = {
+    "no flash": (NO_FLASH, exported, dict(strict=False)),
+    "flash": (FLASH, exported, dict(strict=False)),
+    "strict": (FLASH, exported, dict(strict=True)),
+    "onnx": (FLASH, in_onnx, dict(dynamo=True, dynamic_shapes=DYNAMIC, verbose=False)),
+    # it cannot express that flash attention is causal from some length on
+    "onnx, older": (NO_FLASH, in_onnx, dict(dynamo=False, dynamic_axes=dict(x={1: "n"}), opset_version=17)),
+}
+
+
+@pytest.mark.parametrize(("attention", "export", "how"), EXPORTS.values(), ids=EXPORTS)
+@pytest.mark.filterwarnings("ignore")  # of the older exporter, that it is old
+@torch.no_grad()
+def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(attention, export, how, tmp_path):
+    dtype = torch.float32 if export is in_onnx else torch.float64
+    model, x = model_of(attention, **MEMORY).to(dtype), tokens(0, 2, 7)
+    forward = model.forward
+    if how.get("dynamo") is False:  # the older exporter has no logits of upstream's
+        model.forward = lambda x: forward(x, return_embeddings=True)
     model(x)
 
-    if dynamo:
-        how: dict[str, Any] = dict(dynamic_shapes=dynamic_shapes(), dynamo=True, verbose=False)
-    else:
-        how = dict(dynamic_axes=dict(x={1: "n"}), dynamo=False, opset_version=17)
-    torch.onnx.export(model, (x,), path, input_names=["x"], **how)
+    program = export(model, x, tmp_path / "model.onnx", **how)
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for n in EXPORTED_LENGTHS:
+    for n in (1, 2, 7, 31, 300):  # there is none that it is exported for
         x = tokens(n, 2, n)
-        (actual,), expected = session.run(None, {"x": x.numpy()}), model(x).numpy()
-        # as in `assert_equal_to_rounding`, of a single layer: 2 ** 8 roundings of float32, and 2 ** 3 from softmax
-        tolerance = 2**11 * np.finfo(np.float32).eps / 2 * max(1.0, np.abs(expected).max())
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+        actual, expected = program(x), model(x)
+        if dtype == torch.float64:
+            assert_equal_to_rounding(actual, expected)
+        else:
+            # as there, of a single layer: 2 ** 8 roundings of float32, and 2 ** 3 from softmax
+            tolerance = 2**11 * torch.finfo(dtype).eps / 2 * max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-# traced and transformed, beside the unpatched release
+# traced and transformed
 
 
 def steps(model: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -252,8 +225,8 @@ def steps(model: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat((logits, again), dim=1)
 
 
-def key_values(seed: int, length: int = 7) -> tuple[Tensor, Tensor]:
-    return randn(seed, 2, 2, length, 8), randn(seed + 1, 2, 2, length, 8)
+def key_values(seed: int) -> tuple[Tensor, Tensor]:
+    return randn(seed, 2, 2, 7, 8), randn(seed + 1, 2, 2, 7, 8)
 
 
 def traced_to_graph(mode: Any) -> Callable[..., Any]:
@@ -271,73 +244,54 @@ TRACERS = {
 @pytest.mark.filterwarnings("ignore")  # of what a trace takes for constant
 @torch.no_grad()
 def test_what_is_traced_keeps_nothing_of_the_inputs_that_it_was_traced_with(trace):
-    model = model_of("no flash", **MEMORY)
-
-    def decode(*args: Tensor) -> Tensor:
-        return steps(model, *args)
-
-    def inputs(seed: int) -> tuple[Tensor, ...]:
-        return tokens(seed, 2, 2), *key_values(seed)
-
-    forward_traced, decode_traced = trace(model, tokens(0, 2, 9)), trace(decode, *inputs(0))
-    for seed in (1, 2):
-        assert_equal_to_rounding(forward_traced(tokens(seed, 2, 9)), model(tokens(seed, 2, 9)))
-        assert_equal_to_rounding(decode_traced(*inputs(seed)), decode(*inputs(seed)))
+    model = model_of(NO_FLASH, **MEMORY)
+    for function, inputs in (
+        (model, lambda seed: (tokens(seed, 2, 9),)),
+        (lambda *args: steps(model, *args), lambda seed: (tokens(seed, 2, 2), *key_values(seed))),
+    ):
+        traced = trace(function, *inputs(0))
+        for seed in (1, 2):
+            assert_equal_to_rounding(traced(*inputs(seed)), function(*inputs(seed)))
 
 
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", [FLASH, NO_FLASH])
+@pytest.mark.parametrize("window", [{}, dict(rotary_window=(0, 39))])
 @torch.no_grad()
-def test_an_ensemble_decodes_through_vmap(attention):
-    models = [build({**OPTIONS, **ATTENTION[attention]}, seed) for seed in range(3)]
-    stacked, x = stack_module_state(models), tokens(0, 2, 2)
+def test_models_tokens_and_positions_may_be_mapped_over(attention, window):
+    models = [build({**OPTIONS, **MEMORY, **attention}, seed) for seed in range(3)]
+    x, pos = tokens(0, 3, 9)[:, None], torch.arange(9) + torch.tensor([[0], [7], [30]])
 
-    def decode(*params_and_buffers: Any) -> Tensor:
+    def decode(params: Any, buffers: Any, x: Tensor, pos: Tensor) -> Tensor:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(models[0], params_and_buffers, args, kwargs)
+            return torch.func.functional_call(models[0], (params, buffers), args, {**kwargs, **window})
 
-        first, cache = call(x[:, :1], return_intermediates=True)
-        return torch.cat((first, continue_with(call, x[:, 1:], cache)[0]), dim=1)
+        first, cache = call(x[:, :7], pos=pos[:7], return_intermediates=True)
+        return torch.cat((first, continue_with(call, x[:, 7:], cache, pos=pos)[0]), dim=1)
 
-    for out, model in zip(torch.vmap(decode)(*stacked), models):
-        assert_equal_to_rounding(out, model(x))
-
-
-@torch.no_grad()
-def test_positions_and_inputs_may_be_mapped_over():
-    model = model_of("no flash", **MEMORY).attn_layers
-    x, pos = randn(0, 3, 9, 16), torch.arange(9) + torch.tensor([[0], [7], [30]])
-
-    mapped = torch.vmap(lambda x, pos: model(x[None], pos=pos)[0])(x, pos)
-    shards = torch.vmap(lambda x, pos: model(x[None], pos=pos, rotary_window=(0, 39))[0])(x, pos)
-
-    assert_equal_to_rounding(mapped, model(x, pos=pos))
-    assert_equal_to_rounding(shards, model(x, pos=pos))
+    mapped = torch.vmap(decode)(*stack_module_state(models), x, pos)
+    for i, model in enumerate(models):
+        assert_equal_to_rounding(mapped[i], model(x[i], pos=pos[i]))
 
 
-@pytest.mark.parametrize("forward_mode", ["jvp", "dual numbers"])
-def test_derivatives_through_decoding_are_those_of_upstream(forward_mode):
+def derivatives(model: Any) -> list[Tensor]:
+    """Of decoding: forward mode by torch.func and by dual numbers, gradients, and those of each sample."""
     x, kv, tangents = tokens(0, 2, 2), key_values(0), key_values(5)
-    found = []
 
-    for model in build_both({**OPTIONS, **ATTENTION["no flash"]}, 0):
+    def decode(*kv: Tensor) -> Tensor:
+        return steps(model, x, *kv)
 
-        def decode(*kv: Tensor, model: Any = model) -> Tensor:
-            return steps(model, x, *kv)
+    def loss_of_one(kv: Any, x: Tensor) -> Tensor:
+        return steps(model, x[None], *(t[None] for t in kv)).square().sum()
 
-        with torch.no_grad():
-            if forward_mode == "jvp":
-                out, tangent, *_ = torch.func.jvp(decode, kv, tangents)
-            else:
-                with forward_ad.dual_level():
-                    out, tangent = forward_ad.unpack_dual(decode(*map(forward_ad.make_dual, kv, tangents)))
-        gradients = torch.func.grad(lambda *kv: decode(*kv).square().sum(), argnums=(0, 1))(*kv)
+    with torch.no_grad():
+        found = [*torch.func.jvp(decode, kv, tangents)]
+        with forward_ad.dual_level():
+            found += forward_ad.unpack_dual(decode(*map(forward_ad.make_dual, kv, tangents)))
+    found += torch.func.grad(lambda kv: decode(*kv).square().sum())(kv)
+    return [*found, *torch.vmap(torch.func.grad(loss_of_one))(kv, x)]
 
-        def of_one_sample(kv: tuple[Tensor, Tensor], x: Tensor, model: Any = model) -> Tensor:
-            return steps(model, x[None], *(t[None] for t in kv)).square().sum()
 
-        per_sample = torch.vmap(torch.func.grad(of_one_sample))(kv, x)
-        found.append([out, tangent, *gradients, *per_sample])
-
-    for actual, expected in zip(*found, strict=True):
+def test_derivatives_through_decoding_are_those_of_upstream():
+    for actual, expected in zip(*map(derivatives, build_both({**OPTIONS, **NO_FLASH}, 0)), strict=True):
         assert expected.abs().max() > 0
         assert_equal_to_rounding(actual, expected)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import strategies
 import torch
 import torch.distributed as dist
 from strategies import build, tokens
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from trees import ROOT
 
-from x_transformers.x_transformers import Attention, FeedForward
+from x_transformers import Attention, FeedForward
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch is built without distributed")
 
@@ -30,9 +28,8 @@ if dist.is_available():
 
     from examples.sharded_sequence import TOLERANCE, compare, deviation
 
-OPTIONS: dict[str, Any] = dict(dim=16, depth=2, heads=2, attn_dim_head=8, rotary_emb_dim=8, verbose=False)
 # the other softmax works in float32
-OPTIONS.update(rotary_xpos=True, rotary_xpos_scale_base=16, attn_flash=True)
+OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "rotary_xpos_scale_base": 16, "attn_flash": True}
 STEPS, BATCH, LENGTH = 3, 8, 48
 
 
@@ -116,44 +113,3 @@ def test_the_example_says_what_a_window_for_each_shard_costs():
     assert ran.returncode == 1, ran.stderr
     assert "in 2 shards" in ran.stdout
     assert "WRONG" in ran.stdout
-
-
-# in one process
-
-
-@pytest.mark.parametrize("what", ["layers", "model"])
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize(("flash", "pos"), [(True, None), (False, torch.arange(40) + torch.tensor([[3], [9]]))])
-def test_gradients_with_activation_checkpoints_are_the_same_bit_for_bit(what, autocast, flash, pos):
-    model = build({**OPTIONS, "attn_flash": flash, "attn_num_mem_kv": 2}, 0, dtype=torch.float32).requires_grad_(True)
-    x, recomputed = tokens(0, 2, 40), []
-    forward = checkpointed = copy.deepcopy(model)
-    checkpointed.attn_layers.layers[0][1].to_q.register_forward_hook(lambda *_: recomputed.append(1))
-    if what == "model":
-        forward = partial(checkpoint, checkpointed, use_reentrant=False)
-    else:
-        for module in checkpointed.modules():
-            if isinstance(module, (Attention, FeedForward)):
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        expected, actual = model(x, pos=pos), forward(x, pos=pos)
-    assert torch.equal(actual, expected)
-    for out in (actual, expected):
-        out.float().square().mean().backward()
-    assert all(torch.equal(a.grad, e.grad) for a, e in zip(checkpointed.parameters(), model.parameters()))
-    assert len(recomputed) == 2
-
-
-@pytest.mark.parametrize("flash", [True, False])
-def test_autocast_costs_xpos_no_more_than_plain_rotary(flash):
-    x = tokens(0, 2, 200)
-
-    def error(**options: Any) -> float:
-        model = build({**OPTIONS, "attn_flash": flash, "rotary_xpos_scale_base": 128, **options}, 0, torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            actual = model(x)
-        return float(deviation(actual, copy.deepcopy(model).double()(x)))
-
-    # both are the rounding of bfloat16 through two layers, so a factor of 4 apart is not chance
-    assert error() <= 4 * error(rotary_xpos=False, rotary_pos_emb=True)

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import build, decoder_options, few, gradients, seeds, tokens
-from torch import Tensor
+from torch.testing import assert_close
+from ways import continue_with, keys_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -17,56 +18,36 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 TOLERANCE = 1e-12
 
 
-def step(model: Any, x: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    return model(x, cache=cache, input_not_include_cache=True, return_intermediates=True)
-
-
 @few
-@given(decoder_options(), seeds, st.integers(1, 40), st.integers(0, 3))
+@given(decoder_options(), seeds, st.integers(1, 40), st.none() | st.integers(0, 3))
 @torch.no_grad()
-def test_a_step_that_is_replayed_gives_what_it_gives_eagerly(
-    options: dict[str, Any], seed: int, seq_len: int, steps: int
+def test_what_is_replayed_gives_what_it_gives_eagerly(
+    options: dict[str, Any], seed: int, seq_len: int, steps: int | None
 ) -> None:
-    """From the cache of a prompt or of some steps, before and after others have gone on from it."""
+    """A forward, or a step from the cache of a prompt or of some steps, before and after others go on from it."""
     model = build(options, seed).cuda()
-    x, new = (tokens(seed + i, 2, n).cuda() for i, n in enumerate((seq_len, steps + 2)))
-    _, cache = model(x, return_intermediates=True)
-    for i in range(steps):
-        _, cache = step(model, new[:, i, None], cache)
-    token = new[:, steps, None].clone()
-    step(model, token, model(x, return_intermediates=True)[1])  # what cuBLAS does once is not captured
+    if steps is None:
+        cache = another = None
+        inputs = [tokens(seed + i, 2, seq_len).cuda() for i in range(2)]
+    else:
+        cache, another = (model(tokens(seed, 2, seq_len).cuda(), return_intermediates=True)[1] for _ in range(2))
+        new = tokens(seed + 1, 2, steps + 2).cuda().split(1, dim=1)
+        for token in new[:steps]:
+            _, cache = continue_with(model, token, cache)
+        inputs = [*new[steps:]]
+    captured = inputs[0].clone()
+    continue_with(model, captured, another)  # what cuBLAS does once is not captured
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed, replayed_cache = step(model, token, cache)
-    for i in (steps, steps + 1):
-        token.copy_(new[:, i, None])
+        replayed, replayed_cache = continue_with(model, captured, cache)
+    for x in inputs:
+        captured.copy_(x)
         graph.replay()
-        eager, eager_cache = step(model, token, cache)
-        torch.testing.assert_close(replayed, eager, atol=TOLERANCE, rtol=0)
-        for ours, theirs in zip(replayed_cache.attn_intermediates, eager_cache.attn_intermediates):
-            for kv, expected in zip(ours.cached_kv, theirs.cached_kv):
-                torch.testing.assert_close(kv, expected, atol=TOLERANCE, rtol=0)
-
-
-@few
-@given(decoder_options(), seeds, st.integers(1, 40))
-@torch.no_grad()
-def test_a_forward_that_is_replayed_gives_what_it_gives_eagerly(
-    options: dict[str, Any], seed: int, seq_len: int
-) -> None:
-    model = build(options, seed).cuda()
-    first, second = (tokens(seed + i, 2, seq_len).cuda() for i in range(2))
-    x = first.clone()
-    model(x)
-
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = model(x)
-    for each in (first, second):
-        x.copy_(each)
-        graph.replay()
-        torch.testing.assert_close(replayed, model(each), atol=TOLERANCE, rtol=0)
+        eager, eager_cache = continue_with(model, x, cache)
+        assert_close(replayed, eager, atol=TOLERANCE, rtol=0)
+        for kv, expected in zip(keys_values(replayed_cache), keys_values(eager_cache), strict=True):
+            assert_close(kv, expected, atol=TOLERANCE, rtol=0)
 
 
 @few
@@ -82,6 +63,6 @@ def test_under_autocast_a_prefix_and_its_gradients_are_those_of_the_prefix_alone
         alone, whole = model(x[:, :half]), model(x)[:, :half]
     # each layer rounds some times, and xPos may be no worse than the whole of it
     tolerance = 32 * torch.finfo(dtype).eps
-    torch.testing.assert_close(whole, alone, atol=tolerance * float(alone.detach().abs().max()), rtol=0)
+    assert_close(whole, alone, atol=tolerance * float(alone.detach().abs().max()), rtol=0)
     ours, theirs = (torch.cat([t.flatten() for t in gradients(model, out)]) for out in (whole, alone))
-    torch.testing.assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
+    assert_close(ours, theirs, atol=tolerance * float(theirs.abs().max()), rtol=0)
