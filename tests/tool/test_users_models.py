@@ -62,12 +62,13 @@ RESIDUAL: dict[str, Any] = dict(residual_attn=True, attn_add_zero_kv=True, pre_n
 # what is left out, and words of the reason
 CACHE = ("cached-whole", "cached-new", "chunked")
 NO_MEMS = {"mems": "its max_mem_len is 0"}
-NO_CACHE = {**NO_MEMS, **dict.fromkeys(CACHE, "have no KV cache")}
-NO_POS = {"shift": "does not pass pos to its layers"}
+PLAIN = "the same model with plain rotary does not have it either"
+NO_CACHE = {**NO_MEMS, **dict.fromkeys(CACHE, "have no KV cache"), "padded": PLAIN}
+NO_POS = {"shift": "does not pass pos to its layers", "padded": PLAIN}
 ABSOLUTE = {**NO_MEMS, "shift": "it has absolute positions as well"}
 SHIFTED = {**NO_MEMS, **dict.fromkeys(CACHE, "shift_tokens is wrong with a KV cache or mems in upstream")}
-PLAIN = "the same model with plain rotary does not have it either"
-NO_SHIFT = {**NO_MEMS, "shift": PLAIN}
+SHIFTED["padded"] = PLAIN
+NO_SHIFT = {**NO_MEMS, "shift": PLAIN, "padded": PLAIN}
 # and what is said of a model
 SIZE = "Decoder: 2 attention layers, 2 heads of 16 dims, 8 rotated, scale base 512; 32 random"
 WRAPPER = "TransformerWrapper of a Decoder"
