@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "helpers"))
 
-from reference import xpos_score
 from strategies import OPTIONS, build, softmax, tokens
 
 from x_transformers import Attention, Decoder
 from x_transformers.x_transformers import RotaryEmbedding, apply_rotary_pos_emb
+from x_transformers.xpos.checker import formula
 
 DIM, CHUNK, ROWS_PER_CHUNK = 64, 2_048, 4
 HAS_WINDOW = "seq_len" in inspect.signature(RotaryEmbedding.forward).parameters
@@ -61,8 +61,8 @@ def scores(context: int, num_queries: int, dtype: torch.dtype) -> float:
     pairs = []
     for row in torch.linspace(0, num_queries - 1, min(num_queries, 32)).long().tolist():
         seen = slice(first + row + 1)
-        expected = xpos_score(q[row, None], k[seen], pos[first + row, None], pos[seen])[0]
-        pairs.append((rotated_q[row] @ rotated_k[seen].T, expected))
+        expected, _ = formula.scores(q[row, None], k[seen], pos[first + row, None], pos[seen], rotary_dim=DIM)
+        pairs.append((rotated_q[row] @ rotated_k[seen].T, expected[0]))
     return relative(*map(torch.cat, zip(*pairs)))
 
 
@@ -74,8 +74,8 @@ def scores_of_cast_model(seq_len: int, dtype: torch.dtype) -> float:
     _, intermediates = decoder(randn(0, 1, seq_len, DIM).to(dtype), return_hiddens=True)
     inter, pos = intermediates.attn_intermediates[0], torch.arange(seq_len)
     seen = pos[None, :] <= pos[:, None]
-    expected = xpos_score(queries[0][0], inter.cached_kv[0][0, 0], pos, pos)[seen] * DIM**-0.5
-    return relative(inter.qk_similarities[0, 0][seen].double(), expected)
+    expected, _ = formula.scores(queries[0][0], inter.cached_kv[0][0, 0], pos, pos, rotary_dim=DIM)
+    return relative(inter.qk_similarities[0, 0][seen].double(), expected[seen] * DIM**-0.5)
 
 
 def one_layer(dtype: torch.dtype, **options: object) -> tuple[nn.Module, Attention]:
@@ -124,7 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, at: int, *, xpos: bool) -> Tensor:
     """(d,) in float64, of a query (d,) to the keys (j, d) up to its own."""
     q, k, v = q[None].double(), k[: at + 1].double(), v[: at + 1].double()
     pos = torch.arange(at + 1)
-    found = xpos_score(q, k, pos[-1:], pos, rotated_dim=DIM // 2) if xpos else q @ k.T
+    found = formula.scores(q, k, pos[-1:], pos, rotary_dim=DIM // 2)[0] if xpos else q @ k.T
     return ((found * DIM**-0.5).softmax(dim=-1) @ v)[0]
 
 

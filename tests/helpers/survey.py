@@ -8,7 +8,7 @@ exceptions: what is refused with xPos must be, with a message that names it, and
 
 Options are read from the signatures of `AttentionLayers`, `Attention` (`attn_*`, and `cross_attn_*` for that of
 cross-attention alone), `FeedForward` (`ff_*`) and `AttentionLayers.forward` (`forward.*`), so that one that upstream
-adds is unclassified until `ENTRIES` says how to turn it on. Some of the wrapper's are added by hand (`wrapper.*`).
+adds is unclassified until it is said how to turn it on. Some of the wrapper's are added by hand (`wrapper.*`).
 """
 
 from __future__ import annotations
@@ -232,19 +232,9 @@ class Setting:
     def words(self) -> Options:
         return {**self.needs, **self.on}
 
-
-@dataclass(frozen=True)
-class Entry:
-    """How to turn on one option, or the reason why that is not the question."""
-
-    option: str
-    settings: tuple[Setting, ...] = ()
-    reason: str = ""
-
     @property
-    def added(self) -> bool:
-        """It is not in the release that the fork is made of."""
-        return self.option == "forward.rotary_window"
+    def option(self) -> str:
+        return self.name.partition("=")[0]
 
 
 class Recurrent(nn.Module):
@@ -261,7 +251,11 @@ class Recurrent(nn.Module):
 with torch.random.fork_rng(devices=[]):
     VALUES = {"Tanh": nn.Tanh(), "GRU": Recurrent(), "over_queries": partial(torch.softmax, dim=-2)}
 
-ENTRIES: dict[str, Entry] = {}
+SETTINGS: list[Setting] = []
+# of options that are not turned on
+REASONS: dict[str, str] = {}
+# the only option that is not in the release that the fork is made of
+ADDED = "forward.rotary_window"
 
 CROSS = "cross_attend @context @context_pos"
 GIVEN = "given by AttentionLayers from what it is given itself, and an error if passed as well"
@@ -296,11 +290,6 @@ def parse(text: str) -> dict[str, Any]:
     return {name: VALUES.get(value) or ast.literal_eval(value or "True") for name, _, value in pairs}
 
 
-def enter(option: str, *settings: Setting, reason: str = "") -> None:
-    before = ENTRIES[option].settings if option in ENTRIES else ()
-    ENTRIES[option] = Entry(option, before + settings, reason)
-
-
 def words_of(name: str) -> str:
     """Of `forward.a=b` what is passed in the call: what `CALLS` has for b, or else b itself."""
     _, of_forward, argument = name.rpartition("forward.")
@@ -313,10 +302,10 @@ def words_of(name: str) -> str:
 def on(names: str, needs: str = "", words: str = "", **how: Any) -> None:
     """Options, each turned on alone, by `words` if not as `words_of` says; and those of cross-attention with them."""
     for name in names.split():
-        option, setting = name.partition("=")[0], Setting(name, parse(words or words_of(name)), parse(needs), **how)
-        enter(option, setting)
-        if option.removeprefix("attn_") in CROSS_TOO and option.startswith("attn_"):
-            enter(f"cross_{option}", of_cross_attention(setting))
+        setting = Setting(name, parse(words or words_of(name)), parse(needs), **how)
+        SETTINGS.append(setting)
+        if setting.option.startswith("attn_") and setting.option.removeprefix("attn_") in CROSS_TOO:
+            SETTINGS.append(of_cross_attention(setting))
 
 
 def of_cross_attention(setting: Setting) -> Setting:
@@ -325,14 +314,13 @@ def of_cross_attention(setting: Setting) -> Setting:
         {f"cross_{key}" if key.startswith("attn_") else key: value for key, value in words.items()}
         for words in (setting.on, {**setting.needs, **parse(CROSS)})
     )
-    option = setting.name.partition("=")[0].removeprefix("attn_")
+    option = setting.option.removeprefix("attn_")
     fails = next((message for message, names in ONLY_SELF.items() if option in names.split()), "")
     return replace(setting, name=f"cross_{setting.name}", on=turned_on, needs=needs, refused="", fails=fails)
 
 
 def not_run(reason: str, names: str) -> None:
-    for name in names.split():
-        enter(name, reason=reason)
+    REASONS.update(dict.fromkeys(names.split(), reason))
 
 
 def enter_options_of_the_decoder() -> None:
@@ -516,6 +504,11 @@ def options() -> list[str]:
     ]
 
 
+def is_known(setting: Setting) -> bool:
+    """Whether this release has the option; the older line lacks many."""
+    return setting.option.startswith("wrapper.") or setting.option in options()
+
+
 def combine(*settings: Setting) -> Setting | None:
     """All of them at once, or None if two want different things of one argument, or what is refused together."""
     merged: dict[str, Any] = {}
@@ -653,7 +646,7 @@ PROPERTIES = [prop for prop in (*properties.ALL, CONTEXT_PADDED) if prop.key in 
 # the survey
 
 HOLDS, REFUSED, PLAIN_FAILS = "What plain rotary has, xPos has", "Refused with xPos", "Refused with any rotary"
-BROKEN, NOT_RUN = "Broken", "Not turned on"
+BROKEN = "Broken"
 
 
 def examine(setting: Setting) -> tuple[str, str]:
@@ -719,23 +712,10 @@ def answers(case: Exact) -> list[Tensor]:
 RECORD, DOCUMENT = Path(__file__).with_suffix(".json"), Path(__file__).parents[2] / "docs" / "options.md"
 
 
-def names_of(entry: Entry) -> list[str]:
-    return [setting.name for setting in entry.settings] or [entry.option]
-
-
-def look() -> dict[str, str]:
-    """What is found about each name."""
-    found: dict[str, str] = {}
-    for entry in ENTRIES.values():
-        outcomes = map(examine, entry.settings) if entry.settings else [(NOT_RUN, entry.reason)]
-        found.update(zip(names_of(entry), map(": ".join, outcomes)))
-    return found
-
-
-def write_record(found: Mapping[str, str]) -> None:
+def write_record() -> None:
     by_finding: dict[str, list[str]] = {}
-    for name, finding in found.items():
-        by_finding.setdefault(finding, []).append(name)
+    for setting in SETTINGS:
+        by_finding.setdefault(": ".join(examine(setting)), []).append(setting.name)
     RECORD.write_text(json.dumps(by_finding, indent=2) + "\n", encoding="utf-8")
 
 
@@ -746,8 +726,8 @@ def read_record() -> dict[str, str]:
 
 def as_written(settings: Sequence[Setting]) -> str:
     """Without values but False, without what needs another of them, and self- and cross-attention in one."""
-    options = {setting.name.partition("=")[0] for setting in settings}
-    names = [setting.name for setting in settings if not options & {*setting.needs} - {setting.name.partition("=")[0]}]
+    options = {setting.option for setting in settings}
+    names = [setting.name for setting in settings if not options & {*setting.needs} - {setting.option}]
     labels = [re.sub(r"^(wrapper\.)?(forward\.)?|=(?!False).*", "", name) for name in names]
     both = {f"cross_{label}" for label in labels} & {*labels}
     shown = (f"[cross_]{label}" if f"cross_{label}" in both else label for label in labels if label not in both)
@@ -756,28 +736,26 @@ def as_written(settings: Sequence[Setting]) -> str:
 
 def page(found: Mapping[str, str]) -> str:
     refused, broken = dict[tuple[str, ...], list[Setting]](), dict[tuple[str, ...], list[Setting]]()
-    for entry in ENTRIES.values():
-        for setting in entry.settings:
-            verdict, _, note = found[setting.name].partition(": ")
-            # another option with memory key / values has what these have
-            has_memory = any("attn_num_mem_kv" in name for name in setting.words)
-            if verdict == REFUSED:
-                refused.setdefault(tuple(note.split(": ", 1)), []).append(setting)
-            elif verdict == PLAIN_FAILS:
-                refused.setdefault(("with plain rotary too", "an error of upstream"), []).append(setting)
-            elif note.startswith("all but") and (not has_memory or "attn_num_mem_kv" in entry.option):
-                failed = note.removeprefix("all but ").partition(", which")[0].split(", ")
-                # whatever else changes follows from these
-                failed = next(([name] for name in ("rows", "prefix") if name in failed), failed)
-                cells = (", ".join(dict.fromkeys(cells)) for cells in zip(*map(CHANGES.__getitem__, failed)))
-                broken.setdefault(tuple(cells), []).append(setting)
-    values = sum(len(names_of(entry)) for entry in ENTRIES.values())
+    for setting in SETTINGS:
+        verdict, _, note = found[setting.name].partition(": ")
+        # another option with memory key / values has what these have
+        has_memory = any("attn_num_mem_kv" in name for name in setting.words)
+        if verdict == REFUSED:
+            refused.setdefault(tuple(note.split(": ", 1)), []).append(setting)
+        elif verdict == PLAIN_FAILS:
+            refused.setdefault(("with plain rotary too", "an error of upstream"), []).append(setting)
+        elif note.startswith("all but") and (not has_memory or "attn_num_mem_kv" in setting.option):
+            failed = note.removeprefix("all but ").partition(", which")[0].split(", ")
+            # whatever else changes follows from these
+            failed = next(([name] for name in ("rows", "prefix") if name in failed), failed)
+            cells = (", ".join(dict.fromkeys(cells)) for cells in zip(*map(CHANGES.__getitem__, failed)))
+            broken.setdefault(tuple(cells), []).append(setting)
     tables = {"refused": sorted(refused.items()), "broken": sorted(broken.items(), key=lambda row: len(row[0][0]))}
     rows = {
         name: "\n".join(f"| {as_written(settings)} | {' | '.join(cells)} |" for cells, settings in table)
         for name, table in tables.items()
     }
-    return PAGE.format(values=values, options=len(ENTRIES), **rows)
+    return PAGE.format(values=len(SETTINGS), options=len({setting.option for setting in SETTINGS}), **rows)
 
 
 PAGE = """# Options
@@ -805,5 +783,5 @@ Padding between prepended embeddings and text changes nothing [if `pos` skips it
 
 
 if __name__ == "__main__":
-    write_record(look())
+    write_record()
     DOCUMENT.write_text(page(read_record()), encoding="utf-8")

@@ -76,9 +76,7 @@ def test_gradients_do_not_depend_on_what_follows(options, seed, data_seed, lens)
 
 @pytest.mark.skipif(not IS_OLDER, reason="test_options.py has a test for each option, and what is found about it")
 def test_xpos_keeps_what_plain_rotary_has_with_every_option_of_the_older_line():
-    known = {name for name in survey.ENTRIES if name.startswith("wrapper.")} | {*survey.options()}
-    settings = [setting for name in survey.ENTRIES.keys() & known for setting in survey.ENTRIES[name].settings]
-    verdicts = {setting.name: survey.examine(setting) for setting in settings}
+    verdicts = {setting.name: survey.examine(setting) for setting in survey.SETTINGS if survey.is_known(setting)}
 
     broken = [f"{name}: {note}" for name, (verdict, note) in verdicts.items() if verdict == survey.BROKEN]
     assert not broken, broken

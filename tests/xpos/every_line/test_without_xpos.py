@@ -12,7 +12,7 @@ import survey
 import torch
 from pristine import MODULES, build_both, pristine_imports
 from strategies import IS_OLDER, OPTIONS, SMALL, gradients, tokens
-from survey import ENTRIES, PLAIN, Entry
+from survey import ADDED, PLAIN, SETTINGS, Setting
 from ways import keys_values
 
 import x_transformers
@@ -29,24 +29,22 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 # upstream fails with them: an empty context with positions, and one whose einx pattern has a dimension too few
 NO_ANSWER = {"forward.context", "attn_cope_soft_onehot_pos"}
-KNOWN = {*survey.options(), *(name for name in ENTRIES if name.startswith("wrapper."))}
-COMPARABLE = [ENTRIES[name] for name in ENTRIES if name in KNOWN and not ENTRIES[name].added]
+THEIRS = {setting.name: setting for setting in pristine_survey.SETTINGS}
+COMPARABLE = [each for each in SETTINGS if survey.is_known(each) and not each.fails and each.option != ADDED]
 
 
-@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.option) for entry in COMPARABLE])
-def test_every_option_is_bit_identical(entry: Entry) -> None:
-    for ours, theirs in zip(entry.settings, pristine_survey.ENTRIES[entry.option].settings):
-        if ours.fails:
-            continue
-        try:
-            with pristine_imports():
-                expected = pristine_survey.case_of(theirs, pristine_survey.build(theirs.words, PLAIN))
-        except Exception:
-            assert IS_OLDER or entry.option in NO_ANSWER
-            continue
-        actual = survey.case_of(ours, survey.build(ours.words, PLAIN))
-        assert [*actual.model.module.state_dict()] == [*expected.model.module.state_dict()]
-        assert_same_bits(survey.answers(actual), pristine_survey.answers(expected))
+@pytest.mark.parametrize("setting", [pytest.param(setting, id=setting.name) for setting in COMPARABLE])
+def test_every_option_is_bit_identical(setting: Setting) -> None:
+    theirs = THEIRS[setting.name]
+    try:
+        with pristine_imports():
+            expected = pristine_survey.case_of(theirs, pristine_survey.build(theirs.words, PLAIN))
+    except Exception:
+        assert IS_OLDER or setting.option in NO_ANSWER
+        return
+    actual = survey.case_of(setting, survey.build(setting.words, PLAIN))
+    assert [*actual.model.module.state_dict()] == [*expected.model.module.state_dict()]
+    assert_same_bits(survey.answers(actual), pristine_survey.answers(expected))
 
 
 # in other dtypes, with absolute positions and rotary embeddings
