@@ -129,11 +129,6 @@ def build(
     return model.requires_grad_(False)
 
 
-def models(flash: bool | None = None, **wrapper_options: Any) -> st.SearchStrategy[TransformerWrapper]:
-    """Small randomised language models with xPos, in float64; a failing one is printed as its `build` call."""
-    return st.builds(build, decoder_options(flash=flash), seeds, **{k: st.just(v) for k, v in wrapper_options.items()})
-
-
 def gradients(model: Module, out: Tensor) -> list[Tensor]:
     """Of the sum of the squares of an output, by every parameter."""
     parameters = list(model.parameters())

@@ -36,7 +36,7 @@ def rounding(expected: Tensor, position: int = 0, *, in_float32: bool = False) -
     one step works in float32, some 2 ** 4 roundings are of that size: 2 ** 10 of its half ulps.
     """
     relative = (2**16 + 2**6 * abs(position)) * half_ulp(torch.float64) + in_float32 * 2**10 * half_ulp(torch.float32)
-    return relative * max(1.0, float(expected.abs().max()))
+    return relative * max(1.0, float(expected.detach().abs().max()))
 
 
 def assert_equal_to_rounding(actual: Tensor, expected: Tensor, position: int = 0) -> None:

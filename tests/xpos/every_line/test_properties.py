@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import survey
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import IS_OLDER, build, decoder_options, few, gradients, seeds, shifts, splits, tokens
 from ways import Exact, assert_equal_to_rounding, randn
 
+from x_transformers import ContinuousTransformerWrapper
 from x_transformers.xpos.checker import properties, runs
 from x_transformers.xpos.checker.models import Model, Text
 from x_transformers.xpos.checker.properties import Point, Property, deviation
@@ -33,7 +35,8 @@ def decoding_behind_mems(case: Case) -> Iterator[Point]:
 
 def prepended(case: Case) -> Iterator[Point]:
     embedded, first = case.model.module.token_emb(case.text.main), case.plan.lengths[0]
-    out = case.model.module(case.text.part(first, case.max_len).main, prepend_embeds=embedded[:, :first])
+    rest = case.text.part(first, case.max_len).main
+    out = case.model.module(rest, prepend_embeds=embedded[:, :first], **case.text.per_row)
     yield Point(case.max_len, deviation(out, case.full))
 
 
@@ -49,20 +52,38 @@ def param(prop: Property):
     return pytest.param(prop, id=prop.key, marks=[pytest.mark.regression] * fails)
 
 
+def continuous(model: Any) -> Any:
+    sizes: dict[str, Any] = dict(dim_in=3, dim_out=3, max_seq_len=64, max_mem_len=64, use_abs_pos_emb=False)
+    return ContinuousTransformerWrapper(**sizes, attn_layers=model.attn_layers).double().eval()
+
+
+# what wraps a decoder, and the size of a token in it, if it is none by its id
+WRAPPERS = {
+    "TransformerWrapper": (lambda model: model, None),
+    "ContinuousTransformerWrapper": (continuous, 3),
+    "Decoder": (lambda model: model.attn_layers, 16),
+}
+
+
 @pytest.mark.parametrize("prop", [param(prop) for prop in (*OF_ANY, *OF_WRAPPERS)])
 @few
-@given(decoder_options(max_mem_kv=3), seeds, seeds, splits(), shifts, st.booleans())
-def test_property(prop, options, seed, text_seed, lens, shift, alone):
-    # memory keys stay where they are when positions move, or padding comes before them
+@given(decoder_options(max_mem_kv=3), seeds, seeds, splits(), shifts, st.sampled_from([*WRAPPERS]), st.booleans())
+def test_property(prop, options, seed, text_seed, lens, shift, name, cross):
     assume(prop.key != "range" or sum(lens) >= 8)  # else its limit is below 1
+    # memory keys stay where they are when positions move, or padding comes before them
     if prop.key in ("mems", "mems-cached", "shift", "padded"):
         options["attn_num_mem_kv"] = 0
-    model = build(options, seed, max_mem_len=1024)
-    alone = alone and prop not in OF_WRAPPERS
-    data = randn(text_seed, 2, sum(lens), options["dim"]) if alone else tokens(text_seed, 2, sum(lens))
-    plan = Plan((lens[0], sum(lens)), (lens[-1],), (tuple(lens),), sum(lens[1:]), (-shift, shift))
+    # upstream's other wrappers cannot do these, with any positions
+    is_of_one = prop in OF_WRAPPERS or prop.key == "padded"
+    wrap, size = WRAPPERS["TransformerWrapper" if is_of_one else name]
+    options.update(dim=16, cross_attend=cross)
+    module, total = wrap(build(options, seed, max_mem_len=64)), sum(lens)
+    data = tokens(text_seed, 2, total) if size is None else randn(text_seed, 2, total, size)
+    text = Text(data, {"context": randn(seed, 2, 5, 16)} if cross else {})
+    plan = Plan((lens[0], total), (lens[-1],), (tuple(lens),), total - lens[0], (-shift, shift))
 
-    assert not Exact(Model(model.attn_layers if alone else model), Text(data), plan).failure(prop)
+    case = Exact(Model(module), text, plan)
+    assert getattr(case.model, prop.lacked, "") or not case.failure(prop)
 
 
 @given(decoder_options(), seeds, seeds, splits())

@@ -36,11 +36,10 @@ class Text:
     per_row: Mapping[str, Tensor] = field(default_factory=dict)
     rows: slice = field(default_factory=lambda: slice(None))
     start: int = 0
-    stop: int = -1
+    stop: int = 2**63
 
     def __post_init__(self) -> None:
-        if self.stop < 0:
-            object.__setattr__(self, "stop", self.data.shape[1])
+        object.__setattr__(self, "stop", min(self.stop, self.data.shape[1]))
 
     @property
     def length(self) -> int:

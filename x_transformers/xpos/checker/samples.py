@@ -35,7 +35,7 @@ _STD = {"to_q": 1.5, "to_k": 1.5, "to_v": 1.0, "to_out": 1.0}
 def variant(case: Case, length: int = 2**31, dtype: torch.dtype | None = None, **options: Any) -> Case:
     """The same texts, or less of them, and a model with these options of `build`, in the same or another dtype."""
     model = build(**options).module.to(case.model.device, dtype or case.model.dtype)
-    return Case(Model(model), case.texts.part(0, min(length, case.max_len)))
+    return Case(Model(model), case.texts.part(0, length))
 
 
 def build(*, flash: bool = True, depth: int = 2, **options: Any) -> Model:
