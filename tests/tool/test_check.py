@@ -201,8 +201,9 @@ def test_what_is_not_finite_never_passes() -> None:
 
 @torch.no_grad()
 def test_own_models_hide_nothing() -> None:
-    """No parameter is left at zero or one, and attention is far from uniform."""
+    """No parameter is left at zero or one, attention is far from uniform, and the weights are the same each time."""
     model = samples.build(flash=False).module
+    torch.testing.assert_close(model.state_dict(), samples.build(flash=True).module.state_dict(), rtol=0, atol=0)
     assert [name for name, parameter in model.named_parameters() if parameter.std() == 0] == []
     _, attention = model(torch.arange(64)[None], return_attn=True)
     assert all(layer[0, :, -1].max() > 8 / 64 for layer in attention)
