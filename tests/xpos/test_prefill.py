@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import build, decoder_options, seeds, tokens
+from strategies import OPTIONS, build, decoder_options, seeds, tokens
 
-from x_transformers import AutoregressiveWrapper, Decoder, Encoder, TransformerWrapper
+from x_transformers import AutoregressiveWrapper, Encoder, TransformerWrapper
 from x_transformers.xpos import prefill
 
 # rounding of float64 through three layers, relative to outputs of about 1
 TOLERANCE = 1e-12
-OPTIONS: dict[str, Any] = dict(
-    dim=8, depth=1, heads=2, attn_dim_head=8, attn_flash=True, rotary_xpos=True, verbose=False
-)
 
 
-@given(st.data(), decoder_options(), seeds, st.integers(1, 40), st.integers(1, 45))
+@given(st.data(), decoder_options(max_mem_kv=2), seeds, st.integers(1, 40), st.integers(1, 45))
 def test_chunks_give_what_one_call_gives(
     data: st.DataObject, options: dict[str, Any], seed: int, seq_len: int, chunk: int
 ) -> None:
-    drawn = ("wrapped", "cross", "pad", "mem kv", "embeddings")
-    wrapped, cross, padded, mem_kv, embeddings = (data.draw(st.booleans(), name) for name in drawn)
-    model = build({**options, "cross_attend": cross, "attn_num_mem_kv": 2 * mem_kv}, seed)
+    cross, padded, embeddings = (data.draw(st.booleans(), name) for name in ("cross", "pad", "embeddings"))
+    model = build({**options, "cross_attend": cross}, seed)
     x, given_too = tokens(seed, 2, seq_len), dict[str, Any](return_embeddings=embeddings)
     if cross:
         given_too["context"] = torch.randn(2, 5, options["dim"], dtype=torch.float64)
@@ -35,7 +32,7 @@ def test_chunks_give_what_one_call_gives(
     if padded:
         given_too["seq_start_pos"] = torch.tensor([0, start])
 
-    logits, cache = prefill(AutoregressiveWrapper(model) if wrapped else model, x, chunk, **given_too)
+    logits, cache = prefill(AutoregressiveWrapper(model), x, chunk, **given_too)
     expected, cache_of_one = model(x, return_intermediates=True, **given_too)
 
     for row, first in enumerate((0, start)):  # padding attends to nothing
@@ -45,35 +42,14 @@ def test_chunks_give_what_one_call_gives(
     torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0)
 
 
-def test_what_one_call_has_no_range_for() -> None:
-    model = build({**OPTIONS, "rotary_xpos_scale_base": 4}, 0, torch.float32, use_abs_pos_emb=False)
-    x = tokens(0, 1, 900)
-    with pytest.raises(ValueError, match=r"x_transformers\.xpos\.prefill"):
-        model(x)
-
-    exact = build({**OPTIONS, "rotary_xpos_scale_base": 4}, 0, use_abs_pos_emb=False)(x)
-    # embedding, attention, feedforward and logits, each with some roundings of float32
-    tolerance = 64 * torch.finfo(torch.float32).eps * float(exact.abs().max())
-    torch.testing.assert_close(prefill(model, x, 64)[0].double(), exact, atol=tolerance, rtol=0)
-
-
 def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = build(OPTIONS, 0), tokens(0, 1, 20)
-    prefill(model, x, 7, progress=True)
-    assert not any(capsys.readouterr())  # no terminal
-
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    prefill(model, x, 7, progress=True)
-    assert "3/3" in capsys.readouterr().err
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
+        prefill(build(OPTIONS, 0), tokens(0, 1, 20), 7, progress=True)
+        assert ("3/3" in capsys.readouterr().err) is is_terminal
 
 
-def language_model(layers: torch.nn.Module | None = None, **options: Any) -> TransformerWrapper:
-    return TransformerWrapper(num_tokens=32, max_seq_len=64, attn_layers=layers or Decoder(**OPTIONS), **options)
-
-
-PLAIN = {**OPTIONS, "rotary_xpos": False, "rotary_pos_emb": True}
-SELECTIVE = {**OPTIONS, "attn_flash": False, "attn_selective": True}
-LOOPED = {**OPTIONS, "pre_and_post_norm": True}
+ENCODER = partial(TransformerWrapper, num_tokens=32, max_seq_len=64, attn_layers=Encoder(dim=8, depth=1))
 EIGHT = torch.zeros(1, 8, dtype=torch.long)
 # what is passed in place of a language model, 8 tokens and chunks of 4, and what the message says
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -87,17 +63,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(chunk_size=2.5), "chunk_size is 2.5"),
     (dict(cache=None), "cache: prefill takes context, "),
     (dict(mask=None, pos=None), "mask, pos: prefill takes context, "),
-    (dict(model=lambda: language_model(Encoder(**PLAIN))), "not causal"),
-    (dict(model=lambda: language_model(num_memory_tokens=2)), "have no KV cache"),
-    (dict(model=lambda: language_model(Decoder(**SELECTIVE))), "have no KV cache"),
-    (dict(model=lambda: language_model(Decoder(**LOOPED), looped=True)), "one token at a time"),
-    (dict(model=lambda: language_model(Decoder(**OPTIONS, shift_tokens=1))), "shift_tokens is wrong"),
-    (dict(model=lambda: language_model(average_pool_embed=True)), "one row for each token"),
+    (dict(model=ENCODER), "not causal"),
+    (dict(model=lambda: build(OPTIONS, 0, num_memory_tokens=2)), "have no KV cache"),
+    (dict(model=lambda: build({**OPTIONS, "attn_selective": True}, 0)), "have no KV cache"),
+    (dict(model=lambda: build({**OPTIONS, "pre_and_post_norm": True}, 0, looped=True)), "one token at a time"),
+    (dict(model=lambda: build({**OPTIONS, "shift_tokens": 1}, 0)), "shift_tokens is wrong"),
+    (dict(model=lambda: build(OPTIONS, 0, average_pool_embed=True)), "one row for each token"),
 ]
 
 
 @pytest.mark.parametrize(("passed", "message"), REFUSED)
 def test_refused(passed: dict[str, Any], message: str) -> None:
-    call: dict[str, Any] = {"model": language_model, "tokens": EIGHT, "chunk_size": 4, **passed}
+    call = {"model": partial(build, OPTIONS, 0), "tokens": EIGHT, "chunk_size": 4, **passed}
     with pytest.raises(ValueError, match=message):
         prefill(call.pop("model")(), **call)

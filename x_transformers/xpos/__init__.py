@@ -42,10 +42,10 @@ def check(
 ) -> Report:
     """Run a model with xPos in every way that must give the same answer, and report how far the answers are apart.
 
-    Checked are prefixes of a text, the KV cache, chunks, segments with mems, rows of a batch, shifted positions and the
-    limit of queries in one call, on random tokens. These are 8 of the 15 properties of `python -m x_transformers.xpos`:
-    the others are of attention scores, or of models built with other options. The tolerance of each follows from the
-    rounding errors of the dtype.
+    Checked are prefixes of a text, the KV cache, chunks, segments with mems, rows of a batch, shifts, padding, and the
+    limit of queries in one call, on random tokens. `python -m x_transformers.xpos` measures 16 properties, of which
+    these are 9: the others are of attention scores, or of models built with other options. The tolerance of each
+    follows from the rounding errors of the dtype.
 
     Args:
         model_or_layers: a `TransformerWrapper`, `ContinuousTransformerWrapper`, `MultiInputTransformerWrapper` or

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "say whether xPos is right here, in small models or in your own (the default)"
     description = (
         "Run a model with rotary_xpos = True in every way that must give the same, and compare. With --model it\n"
-        "is a copy of yours, in eval mode, with its weights, in its dtype, on its device, and 8 of the 15\n"
+        "is a copy of yours, in eval mode, with its weights, in its dtype, on its device, and 9 of the 16\n"
         "properties are measured: the others are of attention scores, or of models built with other options."
     )
     add = commands.add_parser("check", help=help, description=description, **common)
@@ -101,10 +101,7 @@ def run_check(options: argparse.Namespace) -> tuple[int, str]:
 
 
 def build(spec: str) -> object:
-    """What the factory of `MODULE:FACTORY` returns, called without arguments.
-
-    Raises ValueError, in one line, for whatever the import or the factory raises.
-    """
+    """What the factory of `MODULE:FACTORY` returns; ValueError, in one line, for whatever it or the import raises."""
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute) or module_name.endswith(".py") or "/" in module_name:
         raise ValueError(f"--model is {spec}: give MODULE:FACTORY, as train:build_model for a function in train.py")

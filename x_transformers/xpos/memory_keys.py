@@ -59,18 +59,18 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
     found = _with_memory_keys(model, context_pos=context_pos)
     if not found:
         raise ValueError("the model has no layer with both rotary_xpos and attn_num_mem_kv: it needs no conversion")
-    if before := {getattr(attention, _FOLDED_FOR) for _, attention in found if hasattr(attention, _FOLDED_FOR)}:
+    if before := {getattr(attention, _FOLDED_FOR) for attention in found if hasattr(attention, _FOLDED_FOR)}:
         raise ValueError(
             f"the memory keys of this model were folded before, for a seq_len of {max(before)}: a second fold would "
             "scale them twice. To fold another checkpoint, load it into a newly built model"
         )
-    if any(attention.qk_norm for _, attention in found):
+    if any(attention.qk_norm for attention in found):
         raise ValueError(
             "the model has attn_qk_norm, which normalises memory keys after any factor, so there is no exact "
             "conversion: fine-tune the model with the fork, or stay with upstream's release"
         )
     folded = []
-    for rotary, attention in found:
+    for attention, rotary in found.items():
         # the scale of position 0 in a window of `seq_len` queries
         position = torch.zeros(1, dtype=torch.long, device=rotary.scale.device)
         scale: Tensor = rotary(position, offset=0, seq_len=seq_len)[1].flatten().double()
@@ -84,19 +84,19 @@ def fold_mem_kv_(model: nn.Module, seq_len: int, *, context_pos: bool = False) -
                 f"of {str(mem_k.dtype)[6:]}. Convert a copy of the model in float32 or bfloat16"
             )
         folded.append(mem_k)
-    for (_, attention), mem_k in zip(found, folded):
+    for attention, mem_k in zip(found, folded):
         attention.mem_k.copy_(mem_k)
         setattr(attention, _FOLDED_FOR, seq_len)
     return len(found)
 
 
-def _with_memory_keys(model: nn.Module, *, context_pos: bool) -> list[tuple[Any, Any]]:
-    """The `RotaryEmbedding` and the `Attention` of each layer with memory keys that xPos applies to, each once."""
-    found: dict[Any, Any] = {}
+def _with_memory_keys(model: nn.Module, *, context_pos: bool) -> dict[Any, Any]:
+    """The `RotaryEmbedding` of each `Attention` with memory keys that xPos applies to."""
+    found = {}
     for layers in (part for part in model.modules() if isinstance(part, AttentionLayers)):
         if getattr(layers.rotary_pos_emb, "scale", None) is None:
             continue
         for layer_type, (_, block, _) in zip(layers.layer_types, layers.layers):
             if isinstance(block, Attention) and block.num_mem_kv > 0 and (layer_type == "a" or context_pos):
                 found[block] = layers.rotary_pos_emb
-    return [(rotary, block) for block, rotary in found.items()]
+    return found

@@ -14,11 +14,8 @@ from x_transformers.x_transformers import LayerIntermediates, ShiftTokens
 from .release import CACHED_TOKENS_LEFT_OUT
 
 # arguments that are the same for every chunk; any other has something for each token, or changes the result
-SAME_FOR_ALL = (
-    *("context", "context_mask", "context_pos", "condition", "seq_start_pos"),
-    *("return_embeddings", "token_emb_kwargs", "to_logits_kwargs"),
-)
-
+SAME_FOR_ALL = ["context", "context_mask", "context_pos", "condition", "seq_start_pos"]
+SAME_FOR_ALL += ["return_embeddings", "token_emb_kwargs", "to_logits_kwargs"]
 # what a call for a chunk takes
 CHUNK = "with the cache of the last call, cache_age the length of the chunk, and input_not_include_cache = True"
 

@@ -95,9 +95,8 @@ class Report:
         for each in self.left_out:
             reasons.setdefault(each.reason, []).append(each.key)
         lines += _wrapped("left out  ", *(f"{', '.join(keys)}: {reason}" for reason, keys in reasons.items()))
-        tolerance = (
-            f"Tolerance: {run['factor']:,.0f} times the {run['dtype']} error of the same model with plain rotary. "
-        )
+        times = f"{run['factor']:,.0f} times the {run['dtype']} error"
+        tolerance = f"Tolerance: {times} of the same model with plain rotary. "
         if any(result.key.startswith("scores") for result in self.results):
             tolerance += "Of scores: what the rounding of their dtype forces on them."
         return "\n".join([*lines, "", *_wrapped("", tolerance), "", self.conclusion])

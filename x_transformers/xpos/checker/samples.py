@@ -7,10 +7,11 @@ is made random, and queries and keys are large enough that attention is far from
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from x_transformers import Decoder, TransformerWrapper
 from x_transformers.attend import Intermediates
@@ -42,21 +43,20 @@ def build(*, flash: bool = True, depth: int = 2, **options: Any) -> Model:
     """A `TransformerWrapper` in eval mode, float32 on the CPU; tokens (b, n) of 256 kinds to logits (b, n, 256).
 
     `flash=False` keeps the scores, which `scaled_dot_product_attention` does not give out. `options` are further ones
-    of `Decoder`. The same arguments give the same weights, and torch's global random state is left as it was.
+    of `Decoder`. The same arguments give the same weights.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        sizes = {"dim": DIM, "depth": depth, "heads": HEADS, "attn_dim_head": DIM_HEAD, "rotary_emb_dim": ROTARY_DIM}
-        layers = Decoder(**sizes, attn_flash=flash, rotary_xpos=True, **options)
-        # neither limits anything
-        unlimited = {"max_seq_len": 2**31, "max_mem_len": 2**31, "use_abs_pos_emb": False}
-        model = TransformerWrapper(num_tokens=256, **unlimited, attn_layers=layers).eval()
-        for name, parameter in model.named_parameters():
-            std = _STD.get(name.split(".")[-2])
-            if std is not None:
-                parameter.data.normal_(std=std * parameter.shape[-1] ** -0.5)
-            elif bool(((parameter == 0) | (parameter == 1)).all()):
-                parameter.data += torch.randn_like(parameter) * 0.2
+    torch.manual_seed(SEED)
+    sizes = {"dim": DIM, "depth": depth, "heads": HEADS, "attn_dim_head": DIM_HEAD, "rotary_emb_dim": ROTARY_DIM}
+    layers = Decoder(**sizes, attn_flash=flash, rotary_xpos=True, **options)
+    # neither limits anything
+    unlimited = {"max_seq_len": 2**31, "max_mem_len": 2**31, "use_abs_pos_emb": False}
+    model = TransformerWrapper(num_tokens=256, **unlimited, attn_layers=layers).eval()
+    for name, parameter in model.named_parameters():
+        std = _STD.get(name.split(".")[-2])
+        if std is not None:
+            parameter.data.normal_(std=std * parameter.shape[-1] ** -0.5)
+        elif bool(((parameter == 0) | (parameter == 1)).all()):
+            parameter.data += torch.randn_like(parameter) * 0.2
     return Model(model)
 
 
@@ -81,23 +81,23 @@ def score_errors(
     """
     queries: list[Tensor] = []
 
-    def note(_module: nn.Module, _args: object, q: Tensor) -> None:
-        queries.append(q[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1))
+    def note(attention: Any, args: Any, returned: Any) -> None:
+        queries.append(attention.to_q(args[0])[0, rows].unflatten(-1, (HEADS, DIM_HEAD)).transpose(0, 1))
+        # whole matrices of every layer can take gigabytes
+        returned[1].qk_similarities = returned[1].qk_similarities[0, :, rows]
+        returned[1].pre_softmax_attn = returned[1].post_softmax_attn = None
 
-    handles = [attention.to_q.register_forward_hook(note) for attention in model.attentions]
-    try:
+    with ExitStack() as hooks:
+        for attention in model.attentions:
+            hooks.enter_context(attention.register_forward_hook(note))
         cache = call()
-    finally:
-        for handle in handles:
-            handle.remove()
     errors, query_pos = [], query_pos.cpu()
     for of_layer, layer in zip(queries, cache.attn_intermediates):
         # keys before the rotation
         q, k = (rotated_pairs_first(t, ROTARY_DIM) for t in (of_layer, layer.cached_kv[0][0]))
-        found = layer.qk_similarities[0, :, rows]
         exact, size = formula.scores(q, k, query_pos, key_pos, rotary_dim=ROTARY_DIM)
         met = query_pos[:, None] >= key_pos
-        error = (found.detach().cpu().double() * DIM_HEAD**0.5 - exact).abs()
+        error = (layer.qk_similarities.detach().cpu().double() * DIM_HEAD**0.5 - exact).abs()
         error = (error / size.where(met, 0.0).amax(dim=-1, keepdim=True))[:, met]
         errors.append(float(error.max()) if bool(error.isfinite().all()) else float("inf"))
     return errors
