@@ -279,6 +279,16 @@ def test_the_limit_is_the_same_for_every_rotated_dim(dtype, scale_base):
             assert (scale.max().item() <= torch.finfo(dtype).max) == finite
 
 
+REFUSED = [dict(rotary_xpos_scale_base=0), dict(rotary_xpos_scale_base=-5), dict(rotary_xpos_scale_base=math.nan)]
+
+
+@pytest.mark.parametrize("options", REFUSED + [dict(attn_rotary_embed_values=True)] * IS_OLDER)
+@pytest.mark.regression("not refused")
+def test_what_cannot_be_right_is_refused_when_the_model_is_built(options):
+    with pytest.raises(AssertionError, match=r"must be above 0|not compatible"):
+        build({**OPTIONS, **options}, 0)(tokens(0, 1, 9))
+
+
 @few
 @given(decoder_options(), seeds, splits())
 def test_without_a_decay_xpos_is_plain_rotary(options, seed, lens):
