@@ -4,10 +4,10 @@ What holds there with plain rotary embeddings has to hold with xPos. Memory key 
 of all that a decoder can have they are the quickest to tell when a center does not cancel.
 
 A wrapper that only calls a decoder as another one does is left out: it reaches no line of the patches that the other
-does not. One call for a whole sequence (XValTransformerWrapper, DPO, NextLatentWrapper, LatentAutoregressive,
-EntropyBasedTokenizer) is in the loss of padded tokens, embeddings in front (GPTVAE, DiscoverDecoder,
-ContinuousTransformerAutoencoder) in the latent decoder, mems (ContinuousTransformerWrapper,
-MultiInputTransformerWrapper) in the loss over segments, a cache and all tokens (FullBandwidth) in generation.
+does not. One call for a whole sequence (every loss, XValTransformerWrapper, DPO, NextLatentWrapper,
+LatentAutoregressive, EntropyBasedTokenizer) and mems (the loss of XLAutoregressiveWrapper) are in test_properties.py,
+embeddings in front (BeliefStateWrapper, GPTVAE, DiscoverDecoder, ContinuousTransformerAutoencoder) in the latent
+decoder, a cache and all tokens (FullBandwidth, the amateur of contrastive decoding) in generation.
 """
 
 from __future__ import annotations
@@ -23,20 +23,14 @@ from hypothesis import strategies as st
 from strategies import NUM_TOKENS, build, decoder_options, few, randomize_, seeds, softmax, tokens
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map
 from ways import assert_equal_to_rounding, randn
 
-from x_transformers import (
-    AutoregressiveWrapper,
-    BeliefStateWrapper,
-    ContinuousAutoregressiveWrapper,
-    ContinuousTransformerWrapper,
-    Decoder,
-    MultiInputTransformerWrapper,
-    XLAutoregressiveWrapper,
-    XTransformer,
-)
+from x_transformers import AutoregressiveWrapper, Decoder, MultiInputTransformerWrapper, XTransformer
+from x_transformers.continuous import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper
 from x_transformers.free_transformer import FreeTransformer
 from x_transformers.recirculation import Recirculation
+from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 Options = dict[str, Any]
@@ -141,13 +135,6 @@ def beam_search_with_and_without_a_cache(d: Drawn) -> Pairs:
     yield cached.double(), uncached.double()
 
 
-@case(regression=False)  # only the choice is seen
-def contrastive_decoding_with_and_without_a_cache(d: Drawn) -> Pairs:
-    wrapper, amateur = AutoregressiveWrapper(d.model()), build({**d.options, "depth": 1}, d.seed + 1)
-    generate = partial(wrapper.generate, d.prompt, 2 * d.new, temperature=0.0, amateur_model=amateur)
-    return as_without_a_cache(d, lambda has_cache: generate(cache_kv=has_cache))
-
-
 @case()
 def an_encoder_and_decoder_generate(d: Drawn) -> Pairs:
     options = {f"dec_{name}": value for name, value in d.options.items() if name != "dim"}
@@ -176,14 +163,6 @@ def a_free_transformer_with_and_without_a_cache(d: Drawn) -> Pairs:
     return as_without_a_cache(d, lambda has_cache: greedily(generate, use_kv_cache=has_cache)[1])
 
 
-@case()
-def a_belief_state_with_and_without_a_cache(d: Drawn) -> Pairs:
-    model = d.prepared(BeliefStateWrapper(d.model(), build(d.options, d.seed + 1)))
-    suffix, generate = tokens(d.seed + 1, 2, 4) if d.new % 2 else None, model.generate_with_suffix_cond
-    generate = partial(generate, d.prompt, d.new, suffix=suffix, decode_backwards=d.flag, filter_kwargs={})
-    return as_without_a_cache(d, lambda has_cache: greedily(generate, cache_kv=has_cache)[1])
-
-
 def continuous(d: Drawn, **kwargs: Any) -> Any:
     net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, attn_layers=Decoder(**d.options), **kwargs)
     return ContinuousAutoregressiveWrapper(d.prepared(net))
@@ -201,23 +180,6 @@ def continuous_generation_past_max_seq_len(d: Drawn) -> Pairs:
     length = d.first + 1
     short, long = (continuous(d, max_seq_len=n).generate(randn(d.seed, 2, length, 3), d.new + 1) for n in (length, 64))
     yield short, long
-
-
-# losses, segments, and memories of them
-
-
-@case()
-def the_loss_of_padded_tokens(d: Drawn) -> Pairs:
-    wrapper, x = AutoregressiveWrapper(d.model()), tokens(d.seed, 2, d.first + 3)
-    yield wrapper(torch.cat((x, torch.full((2, d.new), -100)), dim=1)), wrapper(x)
-
-
-@case(mem_kv=False)
-def the_loss_over_segments(d: Drawn) -> Pairs:
-    model, x = d.model(max_mem_len=1024), tokens(d.seed, 2, 2 * d.first + d.new)
-    whole = AutoregressiveWrapper(model)(x)
-    model.max_seq_len = d.first + 1
-    yield XLAutoregressiveWrapper(model)(x), whole
 
 
 @case(mem_kv=False, regression=True)
@@ -283,34 +245,33 @@ def queries_follow_all_that_is_cached(d: Drawn) -> Pairs:
     length, dim = d.first + d.new, d.options["dim"]
     context: Options = dict(context=randn(d.seed, 2, 5, dim), context_pos=torch.arange(5)) if d.flag else {}
     layers, x = Decoder(**d.options, cross_attend=d.flag), randn(d.seed, 2, length, dim)
-    ids = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32)
+    ids = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), attn_layers=layers, max_seq_len=32)
     of_wrapper, of_layers = dict(return_embeddings=True, return_intermediates=True), dict(return_hiddens=True)
-    models: list[tuple[Module, Options, Callable[[slice], Any]]] = [
-        (
-            MultiInputTransformerWrapper(attn_layers=layers, **ids),
-            of_wrapper,
-            lambda part: dict(a=d.x[:, part], b=d.x.flip(0)[:, part]),
-        ),
-        (ContinuousTransformerWrapper(attn_layers=layers, max_seq_len=32), of_wrapper, lambda part: x[:, part]),
-        (layers, of_layers, lambda part: x[:, part]),
+    models: list[tuple[Module, Options, Any]] = [
+        (MultiInputTransformerWrapper(**ids), of_wrapper, dict(a=d.x, b=d.x.flip(0))),
+        (ContinuousTransformerWrapper(attn_layers=layers, max_seq_len=32), of_wrapper, x),
+        (layers, of_layers, x),
     ]
     if d.flag:
-        only_cross = Decoder(**d.options, cross_attend=True, only_cross=True)
-        models.append((only_cross, of_layers, lambda part: x[:, part]))
+        models.append((Decoder(**d.options, cross_attend=True, only_cross=True), of_layers, x))
 
     for module, returned, inputs in models:
         model = partial(d.prepared(module), **returned, **context)
-        expected, _ = model(inputs(slice(length)))
+        expected, _ = model(inputs)
         # as people write the loop: plain rotary counts what is cached twice, in self-attention as in cross-attention
         outs, cache = [], None
         for n in range(length):
-            out, cache = model(inputs(slice(n + 1)), cache=cache)
+            out, cache = model(part_of(inputs, 0, n + 1), cache=cache)
             outs.append(out[:, -1:])
         yield torch.cat(outs, dim=1), expected
         # as the error for too many queries says
-        out, cache = model(inputs(slice(d.first)))
-        rest, _ = model(inputs(slice(d.first, length)), cache=cache, input_not_include_cache=True, cache_age=d.new)
-        yield torch.cat((out, rest), dim=1), expected
+        out, cache = model(part_of(inputs, 0, d.first))
+        new_alone = dict(cache=cache, input_not_include_cache=True, cache_age=d.new)
+        yield torch.cat((out, model(part_of(inputs, d.first, length), **new_alone)[0]), dim=1), expected
+
+
+def part_of(inputs: Any, start: int, stop: int) -> Any:
+    return tree_map(lambda t: t[:, start:stop], inputs)
 
 
 @pytest.mark.parametrize(("pairs", "mem_kv"), CASES)
