@@ -1,4 +1,4 @@
-"""What the documents say is so: their links and Python blocks, and, in a fresh environment, every command.
+"""What the documents say is so: links, Python blocks, the example, and, in a fresh environment, every command.
 
 A command that takes long is run in a short form, one that another test runs is left out, and any other, new ones too,
 is run as it stands.
@@ -6,6 +6,7 @@ is run as it stands.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,19 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 from pristine import pristine_imports
-from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository, output
+from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository, output, pristine_tree
 
+from examples import length_extrapolation as example
 from x_transformers.x_transformers import RotaryEmbedding
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ("README.md", "CHANGELOG.md", "patches/README.md", *PAGES)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
-
-
-def anchors(document: str) -> set[str]:
-    """As GitHub makes them of headings."""
-    headings = re.findall(r"^#+ (.*)$", TEXTS[document], re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", TEXTS)
@@ -38,7 +34,10 @@ def test_links_resolve(document: str) -> None:
         name, _, anchor = link.partition("#")
         target = (ROOT / document).parent / name if name else ROOT / document
         assert target.exists(), link
-        assert not anchor or anchor in anchors(os.path.relpath(target, ROOT)), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        # as GitHub makes them
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, link
 
 
 def test_every_page_is_linked_from_readme() -> None:
@@ -79,7 +78,7 @@ def test_limits_are_those_of_the_package() -> None:
 INSTALL = "pip install -q -c constraints.txt ."
 WITH_TESTS = 'pip install -q -c constraints.txt ".[test]"'
 TESTS = 'pip install -c constraints.txt ".[test]" && pytest'
-# by .ci/run and test_example.py, or by the fast tier; or they need a GPU
+# by .ci/run, by the test of the example, or by the fast tier; or they need a GPU
 NOT_RUN = {
     TESTS,
     "python examples/length_extrapolation.py",
@@ -139,11 +138,43 @@ def test_commands(document: str, reader: Path) -> None:
     lines = ["exec 2>&1; set -v", WITH_TESTS if document == "docs/contributing.md" else INSTALL]
     lines += [command + BEHIND.get(command, "") for command in commands(document) if command not in NOT_RUN]
     # the environment's pip and python; uv, which a reader may have anywhere, is that of the tests
-    scripts = [reader.parent / "venv" / "bin", Path(sys.executable).parent]
-    variables = clean_environment(VIRTUAL_ENV=str(scripts[0].parent), TMPDIR=str(reader.parent), **IDENTITY)
-    variables["PATH"] = os.pathsep.join([*map(str, scripts), os.environ["PATH"]])
+    venv, tests_scripts = reader.parent / "venv", Path(sys.executable).parent
+    path = os.pathsep.join([f"{venv}/bin", str(tests_scripts), os.environ["PATH"]])
+    variables = clean_environment(VIRTUAL_ENV=str(venv), TMPDIR=str(reader.parent), PATH=path, **IDENTITY)
     # pip as the user has set it up, in files and in variables
     del variables["PIP_CONFIG_FILE"]
     variables.update({name: value for name, value in os.environ.items() if name.startswith("PIP_")})
     script = ["bash", "-e", "-u", "-o", "pipefail", "-c", "\n".join(lines).replace("<version>", "2.31.4")]
     output(*script, cwd=reader, env=variables)
+
+
+# the example: it shows what it says, and trains no model twice
+
+
+@pytest.mark.slow
+def test_table_and_figure_show_every_line_upstream_agrees_and_a_second_run_does_not_train(tmp_path: Path) -> None:
+    def run() -> str:
+        command = [sys.executable, ROOT / "examples" / "length_extrapolation.py", "--quick", f"--out={tmp_path}"]
+        return output(*command, f"--upstream={pristine_tree()}")
+
+    table = run()
+    labels = [line.label for line in example.lines(("none", "rotary"))]
+    rows = [row.split("|")[1:-1] for row in table.splitlines() if row.startswith("|")]
+    assert {len(row) for row in rows} == {1 + len(example.FACTORS)}
+    assert len(rows) == len(example.MODES) * (2 + len(labels))
+    picture = (tmp_path / "length_extrapolation.svg").read_text(encoding="utf-8")
+    assert all(f"<!-- {label}" in picture for label in labels)
+
+    # logits of both agree to some 1e-6, float32 rounding over two layers; the loss is an average of thousands
+    bits = json.loads((tmp_path / "length_extrapolation.json").read_text(encoding="utf-8"))
+    for mode in ("call", "window"):
+        assert bits["xPos: fork"][mode] == pytest.approx(bits["xPos: upstream"][mode], abs=1e-5)
+    # so do folded weights at the length trained at; upstream's memory keys count for more, the longer the window is
+    folded = bits["xPos, mem_kv: upstream's weights, folded, in the fork"]["call"]
+    unfolded = bits["xPos, mem_kv: upstream"]["call"]
+    assert folded[0] == pytest.approx(unfolded[0], abs=1e-5)
+    assert abs(unfolded[-1] - folded[-1]) > 1e-4
+
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+    assert run() == table
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")} == trained != {}
