@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from importlib.metadata import PathDistribution
 from pathlib import Path
@@ -56,8 +55,7 @@ def line(request: pytest.FixtureRequest, offline: dict[str, str], tmp_path_facto
 
 def test_wheel_is_the_patched_release_and_the_own_module_with_a_record_of_both(line: Line, tmp_path: Path) -> None:
     patches, release = hatch_build.read_patches(ROOT / line.folder), hatch_build.load_release(line.upstream)
-    with zipfile.ZipFile(line.wheel) as archive:
-        archive.extractall(tmp_path)
+    shutil.unpack_archive(line.wheel, tmp_path, "zip")
     content = snapshot(tmp_path)
     # the tests run on the same, and as upstream made it where the series is empty
     assert snapshot(trees.patched_tree(line.folder)) == content
@@ -102,10 +100,8 @@ def test_what_is_required_is_what_upstream_requires(line: Line) -> None:
 
 
 def test_an_sdist_builds_the_same_without_network_or_git(line: Line, project: Path, tmp_path: Path) -> None:
-    with tarfile.open(line.sdist) as archive:
-        archive.extractall(tmp_path)
-    (tmp_path / "bin").mkdir()
-    environment = clean_environment(PIP_NO_INDEX="1", PATH=str(tmp_path / "bin"))
+    shutil.unpack_archive(line.sdist, tmp_path)
+    environment = clean_environment(PIP_NO_INDEX="1", PATH="/nowhere")
     unpacked = tmp_path / line.sdist.name[: -len(".tar.gz")]
     for hook, expected in zip(HOOKS, (line.wheel, line.sdist)):
         assert build(hook, unpacked, tmp_path / "out", environment).read_bytes() == expected.read_bytes()
@@ -264,9 +260,9 @@ GOOD = make_patch(XVAL, RELEASE[XVAL], NEW + RELEASE[XVAL])
         (make_patch(ATTEND, MOVED, MOVED + NEW), r"Hunk #1 succeeded at \d+ \(offset -2 lines\)"),
         (b"no patch at all\n", "error: "),
         (b"", "error: "),
-        (make_patch("setup.py", None, NEW), "setup.py is not a file of upstream's package"),
-        (make_patch("../setup.py", None, NEW), "error: invalid path"),
-        (make_patch("x_transformers/xpos/check.py", None, NEW), "x_transformers/xpos/check.py is not a file of"),
+        (make_patch("setup.py", b"", NEW), "setup.py is not a file of upstream's package"),
+        (make_patch("../setup.py", b"", NEW), "error: invalid path"),
+        (make_patch("x_transformers/xpos/check.py", b"", NEW), "x_transformers/xpos/check.py is not a file of"),
         (make_patch("x_transformers/lacking.py", OLD, NEW), "x_transformers/lacking.py: No such file"),
         (f"diff --git a/{ATTEND} b/{ATTEND}\nold mode 100644\nnew mode 100755\n".encode(), "it changes nothing"),
     ],
