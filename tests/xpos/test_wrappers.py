@@ -7,7 +7,8 @@ A wrapper that only calls a decoder as another one does is left out: it reaches 
 does not. One call for a whole sequence (every loss, XValTransformerWrapper, DPO, NextLatentWrapper,
 LatentAutoregressive, EntropyBasedTokenizer) and mems (the loss of XLAutoregressiveWrapper) are in test_properties.py,
 embeddings in front (BeliefStateWrapper, GPTVAE, DiscoverDecoder, ContinuousTransformerAutoencoder) in the latent
-decoder, a cache and all tokens (FullBandwidth, the amateur of contrastive decoding) in generation.
+decoder, a cache and all tokens (FullBandwidth, the amateur of contrastive decoding) in generation, and so in the last
+case (ContinuousAutoregressiveWrapper).
 """
 
 from __future__ import annotations
@@ -88,14 +89,6 @@ def as_in_one_call(d: Drawn, generate: Callable[..., Any], full: Any, num_new: i
     yield seen, full(torch.cat((d.prompt, new), dim=1))[:, -1 - seen.shape[1] : -1]
 
 
-def as_without_a_cache(d: Drawn, generate: Callable[[bool], Tensor]) -> Pairs:
-    found = []
-    for has_cache in (True, False):
-        torch.manual_seed(d.seed)
-        found.append(generate(has_cache).double())
-    yield found[0], found[1]
-
-
 # generation
 
 
@@ -160,26 +153,18 @@ def a_free_transformer_with_and_without_a_cache(d: Drawn) -> Pairs:
     kwargs = dict(max_seq_len=32, latent_bits=2, enc_kwargs=dict(verbose=False), dec_kwargs=passed_on)
     model = d.prepared(FreeTransformer(num_tokens=NUM_TOKENS, **own, **depths, **kwargs))
     generate = partial(model.generate, d.prompt, d.first + d.new, latents=randn(d.seed, 4), logit_filter_kwargs={})
-    return as_without_a_cache(d, lambda has_cache: greedily(generate, use_kv_cache=has_cache)[1])
-
-
-def continuous(d: Drawn, **kwargs: Any) -> Any:
-    net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, attn_layers=Decoder(**d.options), **kwargs)
-    return ContinuousAutoregressiveWrapper(d.prepared(net))
-
-
-@case()
-def continuous_generation_with_and_without_a_cache(d: Drawn) -> Pairs:
-    generate = partial(continuous(d, max_seq_len=16 if d.flag else None).generate, randn(d.seed, 2, d.first, 3), d.new)
-    return as_without_a_cache(d, lambda has_cache: generate(cache_kv=has_cache))
+    yield greedily(generate, use_kv_cache=True)[1], greedily(generate, use_kv_cache=False)[1]
 
 
 @case(regression=False)  # both attend to as much
 def continuous_generation_past_max_seq_len(d: Drawn) -> Pairs:
     # the wrapper crops its input to `max_seq_len`, but not the cache
-    length = d.first + 1
-    short, long = (continuous(d, max_seq_len=n).generate(randn(d.seed, 2, length, 3), d.new + 1) for n in (length, 64))
-    yield short, long
+    length, found = d.first + 1, list[Tensor]()
+    for n in (length, 64):
+        net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=n, attn_layers=Decoder(**d.options))
+        wrapper = ContinuousAutoregressiveWrapper(d.prepared(net))
+        found.append(wrapper.generate(randn(d.seed, 2, length, 3), d.new + 1))
+    yield found[0], found[1]
 
 
 @case(mem_kv=False, regression=True)
