@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -153,10 +154,8 @@ def test_commands(document: str, reader: Path) -> None:
 
 @pytest.mark.slow
 def test_table_and_figure_show_every_line_upstream_agrees_and_a_second_run_does_not_train(tmp_path: Path) -> None:
-    def run() -> str:
-        command = [sys.executable, ROOT / "examples" / "length_extrapolation.py", "--quick", f"--out={tmp_path}"]
-        return output(*command, f"--upstream={pristine_tree()}")
-
+    command = [sys.executable, "examples/length_extrapolation.py", "--quick", "--out", tmp_path]
+    run = partial(output, *command, "--upstream", pristine_tree(), cwd=ROOT)
     table = run()
     labels = [line.label for line in example.lines(("none", "rotary"))]
     rows = [row.split("|")[1:-1] for row in table.splitlines() if row.startswith("|")]

@@ -144,14 +144,13 @@ def test_odd_dims_agree_with_upstream_to_rounding(dim_head, rotary_emb_dim):
 
 def signatures(package: ModuleType) -> dict[str, str]:
     """Of every function and method of every module, by its path, as it is written."""
-    found = {}
-    for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
-        for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(owner, (ast.Module, ast.ClassDef)):
-                methods = [node for node in owner.body if isinstance(node, ast.FunctionDef)]
-                where = f"{path.stem}.{getattr(owner, 'name', '')}"
-                found.update({f"{where}.{method.name}": ast.unparse(method.args) for method in methods})
-    return found
+    return {
+        f"{path.stem}.{getattr(owner, 'name', '')}.{node.name}": ast.unparse(node.args)
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py"))
+        for owner in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in (owner.body if isinstance(owner, (ast.Module, ast.ClassDef)) else ())
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_every_callable_accepts_what_upstreams_accepts() -> None:
