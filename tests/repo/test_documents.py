@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from pristine import pristine_imports
-from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository, output, pristine_tree
+from trees import IDENTITY, ROOT, git, hatch_build, make_repository, output, pristine_tree
 
 from examples import length_extrapolation as example
 from x_transformers.x_transformers import RotaryEmbedding
@@ -79,16 +79,9 @@ def test_limits_are_those_of_the_package() -> None:
 INSTALL = "pip install -q -c constraints.txt ."
 WITH_TESTS = 'pip install -q -c constraints.txt ".[test]"'
 TESTS = 'pip install -c constraints.txt ".[test]" && pytest'
-# by .ci/run, by the test of the example, or by the fast tier; or they need a GPU
-NOT_RUN = {
-    TESTS,
-    "python examples/length_extrapolation.py",
-    "python -m x_transformers.xpos --device cuda --dtype bfloat16",
-    "python benchmarks/speed.py --device cuda --dtype bfloat16",
-    "python benchmarks/speed.py train --device cuda --dtype bfloat16 --autocast",
-    "pytest tests/xpos/test_gpu.py",
-    "pytest -m slow --ignore=tests/upstream/test_mutations.py",
-}
+SLOW_TESTS = "pytest -m slow --ignore=tests/upstream/test_mutations.py"
+# by .ci/run, and by the test of the example
+RUN_ELSEWHERE = {TESTS, SLOW_TESTS, "python examples/length_extrapolation.py"}
 # what is put behind a command: arguments for a short form, or lines that look at what it leaves
 BEHIND = {
     "python patches/try_release.py": " --no-properties",
@@ -107,16 +100,17 @@ BEHIND = {
 
 
 def commands(document: str) -> list[str]:
-    """The lines of the bash blocks, without comments and those in a clone of upstream's repository."""
+    """The lines of the bash blocks, without comments and those in a clone of upstream's repository or for a GPU."""
     blocks = re.findall(r"^```bash\n(.*?)^```", TEXTS[document], re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks if "$clone" not in block for line in block.splitlines()]
-    return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in lines) if line]
+    found = (re.sub(r"\s+# .*", "", line).strip() for line in lines if not re.search(r"cuda|test_gpu\.py", line))
+    return [line for line in found if line]
 
 
 def test_what_is_said_of_commands_is_about_commands_that_are_there() -> None:
-    assert {*NOT_RUN, *BEHIND} <= {command for document in TEXTS for command in commands(document)}
+    assert {*RUN_ELSEWHERE, *BEHIND} <= {command for document in TEXTS for command in commands(document)}
     if (ROOT / ".ci").exists():  # not in an sdist
-        assert TESTS in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        assert {TESTS, SLOW_TESTS} <= {*(ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()}
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +131,13 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("document", [document for document in TEXTS if commands(document)])
 def test_commands(document: str, reader: Path) -> None:
     lines = ["exec 2>&1; set -v", WITH_TESTS if document == "docs/contributing.md" else INSTALL]
-    lines += [command + BEHIND.get(command, "") for command in commands(document) if command not in NOT_RUN]
+    lines += [command + BEHIND.get(command, "") for command in commands(document) if command not in RUN_ELSEWHERE]
     # the environment's pip and python; uv, which a reader may have anywhere, is that of the tests
     venv, tests_scripts = reader.parent / "venv", Path(sys.executable).parent
     path = os.pathsep.join([f"{venv}/bin", str(tests_scripts), os.environ["PATH"]])
-    variables = clean_environment(VIRTUAL_ENV=str(venv), TMPDIR=str(reader.parent), PATH=path, **IDENTITY)
     # pip as the user has set it up, in files and in variables
-    del variables["PIP_CONFIG_FILE"]
-    variables.update({name: value for name, value in os.environ.items() if name.startswith("PIP_")})
+    kept = {name: os.environ[name] for name in os.environ if not name.startswith(("GIT_", "PYTHONPATH"))}
+    variables = {**kept, "VIRTUAL_ENV": str(venv), "TMPDIR": str(reader.parent), "PATH": path, **IDENTITY}
     script = ["bash", "-e", "-u", "-o", "pipefail", "-c", "\n".join(lines).replace("<version>", "2.31.4")]
     output(*script, cwd=reader, env=variables)
 
