@@ -28,7 +28,7 @@ LINE, BACKPORT = Path("patches", "2.x"), Path("patches", "1.27.x")
 PINNED = {line: (ROOT / line / "upstream.txt").read_text(encoding="utf-8").split()[0] for line in (LINE, BACKPORT)}
 # what the series change: one file, and single lines or an argument of two more in the default line
 ONLY_FILE = "x_transformers/x_transformers.py"
-MORE_FILES = {"x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"}
+MORE_FILES = ("x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py")
 FILES = {BACKPORT: {ONLY_FILE}, LINE: {ONLY_FILE, *MORE_FILES}}
 
 # the parts of the default line's series, each below a comment in it: three pull requests (A, B, C) and the fork's own
@@ -53,10 +53,17 @@ def copy_project(directory: Path) -> Path:
     droppings = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
     for folder in ("patches", "tests", "x_transformers/xpos"):
         shutil.copytree(ROOT / folder, directory / folder, ignore=droppings)
-    for name in ("pyproject.toml", "hatch_build.py", "constraints.txt", ".gitignore"):
+    names = (
+        "pyproject.toml",
+        "hatch_build.py",
+        "constraints.txt",
+        ".gitignore",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+    )
+    for name in names:
         shutil.copyfile(ROOT / name, directory / name)
-    for path in ROOT.glob("[A-Z]*"):  # README.md, LICENSE, CHANGELOG.md
-        shutil.copyfile(path, directory / path.name)
     return directory
 
 
