@@ -53,17 +53,9 @@ def copy_project(directory: Path) -> Path:
     droppings = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
     for folder in ("patches", "tests", "x_transformers/xpos"):
         shutil.copytree(ROOT / folder, directory / folder, ignore=droppings)
-    names = (
-        "pyproject.toml",
-        "hatch_build.py",
-        "constraints.txt",
-        ".gitignore",
-        "README.md",
-        "LICENSE",
-        "CHANGELOG.md",
-    )
-    for name in names:
-        shutil.copyfile(ROOT / name, directory / name)
+    names = ("pyproject.toml", "hatch_build.py", "constraints.txt", ".gitignore", "LICENSE")
+    for path in (*ROOT.glob("*.md"), *map(ROOT.joinpath, names)):
+        shutil.copyfile(path, directory / path.name)
     return directory
 
 
@@ -156,7 +148,7 @@ def make_patch(path: str, old: bytes, new: bytes) -> bytes:
     """A patch of one file, which does not exist where it is empty."""
     before, after = (content.decode().splitlines(keepends=True) for content in (old, new))
     names = [f"{side}/{path}" if content else "/dev/null" for side, content in zip("ab", (old, new))]
-    return "".join(difflib.unified_diff(before, after, *names)).encode()
+    return "".join(difflib.unified_diff(before, after, names[0], names[1])).encode()
 
 
 def set_series(project: Path, patches: Mapping[str, bytes], line: Path = LINE) -> None:
