@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from trees import LINE, copy_project, patched_tree, pristine_tree, provenance
 
 # asserts in the helpers say what they compared, too; but those in `trees` give the build's own message
-HELPERS = {path.stem for path in Path(__file__).with_name("helpers").glob("*.py")}
-pytest.register_assert_rewrite(*HELPERS - {"trees"})
+pytest.register_assert_rewrite(*{path.stem for path in Path(__file__).with_name("helpers").glob("*.py")} - {"trees"})
 
 # the models of the tests are so small that more threads would only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,10 +28,7 @@ common.update(print_blob=False, derandomize=True, phases=phases, database=None, 
 settings.register_profile("quick", max_examples=10, **common)
 settings.register_profile("pristine", max_examples=60, **common)
 
-# what is about this repository, or compares two packages, is not collected for another package unless a file is named
-ABOUT_THE_CHECKOUT = {"repo", "tool", "upstream"}
-
-# the line of the package that is tested; of tests for the older one there are only those in the folder every_line
+# the line of the package that is tested
 LINE_TESTED = pytest.StashKey[str]()
 
 
@@ -45,26 +41,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import the package from a tree that the checkout gives as it is now, whatever is installed."""
+    pristine = config.getoption("pristine")
     try:
-        tree = config.getoption("package") or (pristine_tree() if config.getoption("pristine") else patched_tree())
+        tree = (config.getoption("package") or (pristine_tree() if pristine else patched_tree())).absolute()
     except AssertionError as error:  # the build's own message
         raise pytest.UsageError(str(error)) from None
     if not (tree / "x_transformers" / "__init__.py").is_file():
         raise pytest.UsageError(f"--package {tree}: there is no x_transformers in it")
-    sys.path.insert(0, str(tree.absolute()))
+    sys.path.insert(0, str(tree))
     # for what tests start
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree.absolute()), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
     record = provenance.read_record(tree / "x_transformers")
     config.stash[LINE_TESTED] = record.line if record is not None else LINE.name
-    profile = "pristine" if config.getoption("pristine") else "default"
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", profile))
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pristine" if pristine else "default"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    folder = collection_path.parent.name
-    elsewhere = config.getoption("pristine") or config.getoption("package")
-    left_out = folder != "every_line" and config.stash[LINE_TESTED] != LINE.name
-    left_out |= bool(elsewhere) and folder in ABOUT_THE_CHECKOUT
+    folder, elsewhere = collection_path.parent.name, config.getoption("pristine") or config.getoption("package")
+    # tests of the older line are only in every_line; what is about this repository, or compares two packages, is not
+    # collected for another package unless a file is named
+    left_out = config.stash[LINE_TESTED] != LINE.name and folder != "every_line"
+    left_out |= bool(elsewhere) and folder in ("repo", "tool", "upstream")
     return True if left_out and not collection_path.is_dir() else None
 
 

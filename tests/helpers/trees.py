@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ LINE, BACKPORT = Path("patches", "2.x"), Path("patches", "1.27.x")
 PINNED = {line: (ROOT / line / "upstream.txt").read_text(encoding="utf-8").split()[0] for line in (LINE, BACKPORT)}
 # what the series change: one file, and single lines or an argument of two more in the default line
 ONLY_FILE = "x_transformers/x_transformers.py"
-MORE_FILES = {"x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py"}
+MORE_FILES = ("x_transformers/recirculation.py", "x_transformers/autoregressive_wrapper.py")
 FILES = {BACKPORT: {ONLY_FILE}, LINE: {ONLY_FILE, *MORE_FILES}}
 
 # the parts of the default line's series, each below a comment in it: three pull requests (A, B, C) and the fork's own
@@ -54,9 +53,8 @@ def copy_project(directory: Path) -> Path:
     droppings = shutil.ignore_patterns("__pycache__", "*.pyc", ".hypothesis", "provenance.json")
     for folder in ("patches", "tests", "x_transformers/xpos"):
         shutil.copytree(ROOT / folder, directory / folder, ignore=droppings)
-    for name in ("pyproject.toml", "hatch_build.py", "constraints.txt", ".gitignore"):
-        shutil.copyfile(ROOT / name, directory / name)
-    for path in ROOT.glob("[A-Z]*"):  # README.md, LICENSE, CHANGELOG.md
+    names = ("pyproject.toml", "hatch_build.py", "constraints.txt", ".gitignore", "LICENSE")
+    for path in (*ROOT.glob("*.md"), *map(ROOT.joinpath, names)):
         shutil.copyfile(path, directory / path.name)
     return directory
 
@@ -68,9 +66,8 @@ def package_root(project: Path, line: Path) -> Path:
 
 def clean_environment(**variables: str) -> dict[str, str]:
     """The environment without the settings of pip and git, and without the package that is tested, plus `variables`."""
-    left_out = ("PIP_", "GIT_", "PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-    return {**environment, "PIP_CONFIG_FILE": os.devnull, **variables}
+    kept = {name: os.environ[name] for name in os.environ if not name.startswith(("PIP_", "GIT_", "PYTHONPATH"))}
+    return {**kept, "PIP_CONFIG_FILE": os.devnull, **variables}
 
 
 def backend(hook: str, out: Path) -> list[str]:
@@ -107,7 +104,7 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
     """What the hook builds from these patches of a line; in pytest's cache until one of its inputs changes."""
     patches = {name: (ROOT / line / name).read_bytes() for name in series}
     # README is part of the metadata
-    inputs = [ROOT / "hatch_build.py", ROOT / "README.md", ROOT / line / "upstream.txt"]
+    inputs = [ROOT / name for name in ("hatch_build.py", "README.md", line / "upstream.txt")]
     inputs += [package_root(ROOT, line) / "pyproject.toml", *sorted((ROOT / "x_transformers" / "xpos").rglob("*.py"))]
     content = b"".join([*(path.name.encode() + path.read_bytes() for path in inputs), *patches.values()])
     cache = ROOT / ".pytest_cache" / "trees"
@@ -117,14 +114,13 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
         return tree
 
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        project = copy_project(Path(temporary, "project"))
+    with tempfile.TemporaryDirectory(dir=cache) as directory:
+        project, new = copy_project(Path(directory, "project")), Path(directory, "tree")
         set_series(project, patches, line)
-        wheel = build("build_wheel", package_root(project, line), Path(temporary, "wheel"), os.environ)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(Path(temporary, "tree"))
+        wheel = build("build_wheel", package_root(project, line), Path(directory, "wheel"), os.environ)
+        shutil.unpack_archive(wheel, new, "zip")
         with contextlib.suppress(OSError):  # another run was first
-            Path(temporary, "tree").rename(tree)
+            new.rename(tree)
     for old in cache.iterdir():  # of earlier states of the checkout, and none that a run may still be using
         with contextlib.suppress(OSError):
             if old.stat().st_mtime < time.time() - 24 * 60 * 60:
@@ -138,8 +134,8 @@ def built_tree(line: Path, series: Sequence[str]) -> Path:
 
 def release_files(line: Path = LINE) -> dict[str, bytes]:
     """The modules of the unpatched release, by path."""
-    package = pristine_tree(line) / "x_transformers"
-    return {f"x_transformers/{path.name}": path.read_bytes() for path in package.glob("*.py")}
+    modules = (pristine_tree(line) / "x_transformers").glob("*.py")
+    return {f"x_transformers/{path.name}": path.read_bytes() for path in modules}
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
@@ -148,10 +144,10 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
-def make_patch(path: str, old: bytes | None, new: bytes | None) -> bytes:
-    """A patch of one file, None meaning that it does not exist."""
-    before, after = ((content or b"").decode().splitlines(keepends=True) for content in (old, new))
-    names = ["/dev/null" if content is None else f"{side}/{path}" for side, content in zip("ab", (old, new))]
+def make_patch(path: str, old: bytes, new: bytes) -> bytes:
+    """A patch of one file, which does not exist where it is empty."""
+    before, after = (content.decode().splitlines(keepends=True) for content in (old, new))
+    names = [f"{side}/{path}" if content else "/dev/null" for side, content in zip("ab", (old, new))]
     return "".join(difflib.unified_diff(before, after, names[0], names[1])).encode()
 
 
@@ -169,10 +165,9 @@ IDENTITY = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for 
 
 def git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run git in a repository, with nobody's settings."""
-    settings = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(repository.parent)}
-    environment = clean_environment(LC_ALL="C", **settings, **IDENTITY)
+    settings = dict(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_NOSYSTEM="1", HOME=str(repository.parent), LC_ALL="C")
     # the checkout may be somebody else's, as in a container
-    command = ["git", "-c", "safe.directory=*", *arguments]
+    command, environment = ["git", "-c", "safe.directory=*", *arguments], clean_environment(**settings, **IDENTITY)
     return subprocess.run(command, cwd=repository, env=environment, text=True, capture_output=True)
 
 

@@ -1,4 +1,4 @@
-"""What the documents say is so: their links and Python blocks, and, in a fresh environment, every command.
+"""What the documents say is so: links, Python blocks, the example, and, in a fresh environment, every command.
 
 A command that takes long is run in a short form, one that another test runs is left out, and any other, new ones too,
 is run as it stands.
@@ -6,30 +6,27 @@ is run as it stands.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from pristine import pristine_imports
-from trees import IDENTITY, ROOT, clean_environment, git, hatch_build, make_repository, output
+from trees import IDENTITY, ROOT, git, hatch_build, make_repository, output, pristine_tree
 
+from examples import length_extrapolation as example
 from x_transformers.x_transformers import RotaryEmbedding
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
 DOCUMENTS = ("README.md", "CHANGELOG.md", "patches/README.md", *PAGES)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS}
-
-
-def anchors(document: str) -> set[str]:
-    """As GitHub makes them of headings."""
-    headings = re.findall(r"^#+ (.*)$", TEXTS[document], re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", TEXTS)
@@ -38,7 +35,10 @@ def test_links_resolve(document: str) -> None:
         name, _, anchor = link.partition("#")
         target = (ROOT / document).parent / name if name else ROOT / document
         assert target.exists(), link
-        assert not anchor or anchor in anchors(os.path.relpath(target, ROOT)), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        # as GitHub makes them
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors, link
 
 
 def test_every_page_is_linked_from_readme() -> None:
@@ -79,16 +79,9 @@ def test_limits_are_those_of_the_package() -> None:
 INSTALL = "pip install -q -c constraints.txt ."
 WITH_TESTS = 'pip install -q -c constraints.txt ".[test]"'
 TESTS = 'pip install -c constraints.txt ".[test]" && pytest'
-# by .ci/run and test_example.py, or by the fast tier; or they need a GPU
-NOT_RUN = {
-    TESTS,
-    "python examples/length_extrapolation.py",
-    "python -m x_transformers.xpos --device cuda --dtype bfloat16",
-    "python benchmarks/speed.py --device cuda --dtype bfloat16",
-    "python benchmarks/speed.py train --device cuda --dtype bfloat16 --autocast",
-    "pytest tests/xpos/test_gpu.py",
-    "pytest -m slow --ignore=tests/upstream/test_mutations.py",
-}
+SLOW_TESTS = "pytest -m slow --ignore=tests/upstream/test_mutations.py"
+# by .ci/run, and by the test of the example
+RUN_ELSEWHERE = {TESTS, SLOW_TESTS, "python examples/length_extrapolation.py"}
 # what is put behind a command: arguments for a short form, or lines that look at what it leaves
 BEHIND = {
     "python patches/try_release.py": " --no-properties",
@@ -107,16 +100,17 @@ BEHIND = {
 
 
 def commands(document: str) -> list[str]:
-    """The lines of the bash blocks, without comments and those in a clone of upstream's repository."""
+    """The lines of the bash blocks, without comments and those in a clone of upstream's repository or for a GPU."""
     blocks = re.findall(r"^```bash\n(.*?)^```", TEXTS[document], re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks if "$clone" not in block for line in block.splitlines()]
-    return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in lines) if line]
+    found = (re.sub(r"\s+# .*", "", line).strip() for line in lines if not re.search(r"cuda|test_gpu\.py", line))
+    return [line for line in found if line]
 
 
 def test_what_is_said_of_commands_is_about_commands_that_are_there() -> None:
-    assert {*NOT_RUN, *BEHIND} <= {command for document in TEXTS for command in commands(document)}
+    assert {*RUN_ELSEWHERE, *BEHIND} <= {command for document in TEXTS for command in commands(document)}
     if (ROOT / ".ci").exists():  # not in an sdist
-        assert TESTS in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+        assert {TESTS, SLOW_TESTS} <= {*(ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()}
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +131,42 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("document", [document for document in TEXTS if commands(document)])
 def test_commands(document: str, reader: Path) -> None:
     lines = ["exec 2>&1; set -v", WITH_TESTS if document == "docs/contributing.md" else INSTALL]
-    lines += [command + BEHIND.get(command, "") for command in commands(document) if command not in NOT_RUN]
+    lines += [command + BEHIND.get(command, "") for command in commands(document) if command not in RUN_ELSEWHERE]
     # the environment's pip and python; uv, which a reader may have anywhere, is that of the tests
-    scripts = [reader.parent / "venv" / "bin", Path(sys.executable).parent]
-    variables = clean_environment(VIRTUAL_ENV=str(scripts[0].parent), TMPDIR=str(reader.parent), **IDENTITY)
-    variables["PATH"] = os.pathsep.join([*map(str, scripts), os.environ["PATH"]])
+    venv, tests_scripts = reader.parent / "venv", Path(sys.executable).parent
+    path = os.pathsep.join([f"{venv}/bin", str(tests_scripts), os.environ["PATH"]])
     # pip as the user has set it up, in files and in variables
-    del variables["PIP_CONFIG_FILE"]
-    variables.update({name: value for name, value in os.environ.items() if name.startswith("PIP_")})
+    kept = {name: os.environ[name] for name in os.environ if not name.startswith(("GIT_", "PYTHONPATH"))}
+    variables = {**kept, "VIRTUAL_ENV": str(venv), "TMPDIR": str(reader.parent), "PATH": path, **IDENTITY}
     script = ["bash", "-e", "-u", "-o", "pipefail", "-c", "\n".join(lines).replace("<version>", "2.31.4")]
     output(*script, cwd=reader, env=variables)
+
+
+# the example: it shows what it says, and trains no model twice
+
+
+@pytest.mark.slow
+def test_table_and_figure_show_every_line_upstream_agrees_and_a_second_run_does_not_train(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/length_extrapolation.py", "--quick", "--out", tmp_path]
+    run = partial(output, *command, "--upstream", pristine_tree(), cwd=ROOT)
+    table = run()
+    labels = [line.label for line in example.lines(("none", "rotary"))]
+    rows = [row.split("|")[1:-1] for row in table.splitlines() if row.startswith("|")]
+    assert {len(row) for row in rows} == {1 + len(example.FACTORS)}
+    assert len(rows) == len(example.MODES) * (2 + len(labels))
+    picture = (tmp_path / "length_extrapolation.svg").read_text(encoding="utf-8")
+    assert all(f"<!-- {label}" in picture for label in labels)
+
+    # logits of both agree to some 1e-6, float32 rounding over two layers; the loss is an average of thousands
+    bits = json.loads((tmp_path / "length_extrapolation.json").read_text(encoding="utf-8"))
+    for mode in ("call", "window"):
+        assert bits["xPos: fork"][mode] == pytest.approx(bits["xPos: upstream"][mode], abs=1e-5)
+    # so do folded weights at the length trained at; upstream's memory keys count for more, the longer the window is
+    folded = bits["xPos, mem_kv: upstream's weights, folded, in the fork"]["call"]
+    unfolded = bits["xPos, mem_kv: upstream"]["call"]
+    assert folded[0] == pytest.approx(unfolded[0], abs=1e-5)
+    assert abs(unfolded[-1] - folded[-1]) > 1e-4
+
+    trained = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+    assert run() == table
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")} == trained != {}

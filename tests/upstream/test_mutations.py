@@ -18,23 +18,16 @@ pytestmark = pytest.mark.slow
 ORDER = [f"test_{name}.py" for name in ("scores", "properties", "features", "cache", "wrappers", "prefill", "options")]
 XPOS = sorted((ROOT / "tests" / "xpos").rglob("test_*.py"), key=lambda path: [*ORDER, path.name].index(path.name))
 
-
-def undone() -> dict[str, str]:
-    """The patched files with one block of changes undone, by the file and the lines that the block has in it."""
-    found = {}
-    for file in sorted(FILES[LINE]):
-        trees = pristine_tree(), patched_tree()
-        old, new = ((tree / file).read_text(encoding="utf-8").splitlines(True) for tree in trees)
-        for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
-            # of a comment alone no test can tell
-            changed = [line.strip() for line in old[start:end] + new[new_start:new_end]]
-            if kind != "equal" and any(line and not line.startswith("#") for line in changed):
-                lines = new[:new_start] + old[start:end] + new[new_end:]
-                found[f"{file}:{new_start + 1}-{new_end}"] = "".join(lines)
-    return found
-
-
-UNDONE = undone()
+# the patched files with one block of changes undone, by the file and the lines that the block has in it
+UNDONE: dict[str, str] = {}
+for file in sorted(FILES[LINE]):
+    files = [tree / file for tree in (pristine_tree(), patched_tree())]
+    old, new = (path.read_text(encoding="utf-8").splitlines(True) for path in files)
+    for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
+        # of a comment alone no test can tell
+        changed = [line.strip() for line in old[start:end] + new[new_start:new_end]]
+        if kind != "equal" and any(line and not line.startswith("#") for line in changed):
+            UNDONE[f"{file}:{new_start + 1}-{new_end}"] = "".join(new[:new_start] + old[start:end] + new[new_end:])
 
 
 @pytest.mark.parametrize("place", UNDONE)

@@ -4,10 +4,11 @@ What holds there with plain rotary embeddings has to hold with xPos. Memory key 
 of all that a decoder can have they are the quickest to tell when a center does not cancel.
 
 A wrapper that only calls a decoder as another one does is left out: it reaches no line of the patches that the other
-does not. One call for a whole sequence (XValTransformerWrapper, DPO, NextLatentWrapper, LatentAutoregressive,
-EntropyBasedTokenizer) is in the loss of padded tokens, embeddings in front (GPTVAE, DiscoverDecoder,
-ContinuousTransformerAutoencoder) in the latent decoder, mems (ContinuousTransformerWrapper,
-MultiInputTransformerWrapper) in the loss over segments, a cache and all tokens (FullBandwidth) in generation.
+does not. One call for a whole sequence (every loss, XValTransformerWrapper, DPO, NextLatentWrapper,
+LatentAutoregressive, EntropyBasedTokenizer) and mems (the loss of XLAutoregressiveWrapper) are in test_properties.py,
+embeddings in front (BeliefStateWrapper, GPTVAE, DiscoverDecoder, ContinuousTransformerAutoencoder) in the latent
+decoder, a cache and all tokens (FullBandwidth, the amateur of contrastive decoding) in generation, and so in the last
+case (ContinuousAutoregressiveWrapper).
 """
 
 from __future__ import annotations
@@ -20,23 +21,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import NUM_TOKENS, build, decoder_options, few, randomize_, seeds, softmax, tokens
+from strategies import NUM_TOKENS, OPTIONS, build, decoder_options, few, randomize_, seeds, softmax, tokens
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._pytree import tree_map
 from ways import assert_equal_to_rounding, randn
 
-from x_transformers import (
-    AutoregressiveWrapper,
-    BeliefStateWrapper,
-    ContinuousAutoregressiveWrapper,
-    ContinuousTransformerWrapper,
-    Decoder,
-    MultiInputTransformerWrapper,
-    XLAutoregressiveWrapper,
-    XTransformer,
-)
+from x_transformers import AutoregressiveWrapper, Decoder, MultiInputTransformerWrapper, XTransformer
+from x_transformers.continuous import ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper
 from x_transformers.free_transformer import FreeTransformer
 from x_transformers.recirculation import Recirculation
+from x_transformers.xl_autoregressive_wrapper import XLAutoregressiveWrapper
 from x_transformers.xm_latent_decoder import XMLatentDecoder
 
 Options = dict[str, Any]
@@ -94,14 +89,6 @@ def as_in_one_call(d: Drawn, generate: Callable[..., Any], full: Any, num_new: i
     yield seen, full(torch.cat((d.prompt, new), dim=1))[:, -1 - seen.shape[1] : -1]
 
 
-def as_without_a_cache(d: Drawn, generate: Callable[[bool], Tensor]) -> Pairs:
-    found = []
-    for has_cache in (True, False):
-        torch.manual_seed(d.seed)
-        found.append(generate(has_cache).double())
-    yield found[0], found[1]
-
-
 # generation
 
 
@@ -134,18 +121,10 @@ def prompts_of_a_list_generate_as_each_alone(d: Drawn) -> Pairs:
 @case()
 def beam_search_with_and_without_a_cache(d: Drawn) -> Pairs:
     search = partial(AutoregressiveWrapper(d.model()).beam_search, d.prompt, d.new, beams=2 + d.flag)
-    (cached, scores), (uncached, expected_scores) = (
-        search(cache_kv=has_cache, return_beams_and_scores=True) for has_cache in (True, False)
-    )
+    cached, scores = search(cache_kv=True, return_beams_and_scores=True)
+    uncached, expected_scores = search(cache_kv=False, return_beams_and_scores=True)
     torch.testing.assert_close(scores, expected_scores)  # added up in float32
     yield cached.double(), uncached.double()
-
-
-@case(regression=False)  # only the choice is seen
-def contrastive_decoding_with_and_without_a_cache(d: Drawn) -> Pairs:
-    wrapper, amateur = AutoregressiveWrapper(d.model()), build({**d.options, "depth": 1}, d.seed + 1)
-    generate = partial(wrapper.generate, d.prompt, 2 * d.new, temperature=0.0, amateur_model=amateur)
-    return as_without_a_cache(d, lambda has_cache: generate(cache_kv=has_cache))
 
 
 @case()
@@ -173,51 +152,18 @@ def a_free_transformer_with_and_without_a_cache(d: Drawn) -> Pairs:
     kwargs = dict(max_seq_len=32, latent_bits=2, enc_kwargs=dict(verbose=False), dec_kwargs=passed_on)
     model = d.prepared(FreeTransformer(num_tokens=NUM_TOKENS, **own, **depths, **kwargs))
     generate = partial(model.generate, d.prompt, d.first + d.new, latents=randn(d.seed, 4), logit_filter_kwargs={})
-    return as_without_a_cache(d, lambda has_cache: greedily(generate, use_kv_cache=has_cache)[1])
-
-
-@case()
-def a_belief_state_with_and_without_a_cache(d: Drawn) -> Pairs:
-    model = d.prepared(BeliefStateWrapper(d.model(), build(d.options, d.seed + 1)))
-    suffix, generate = tokens(d.seed + 1, 2, 4) if d.new % 2 else None, model.generate_with_suffix_cond
-    generate = partial(generate, d.prompt, d.new, suffix=suffix, decode_backwards=d.flag, filter_kwargs={})
-    return as_without_a_cache(d, lambda has_cache: greedily(generate, cache_kv=has_cache)[1])
-
-
-def continuous(d: Drawn, **kwargs: Any) -> Any:
-    net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, attn_layers=Decoder(**d.options), **kwargs)
-    return ContinuousAutoregressiveWrapper(d.prepared(net))
-
-
-@case()
-def continuous_generation_with_and_without_a_cache(d: Drawn) -> Pairs:
-    generate = partial(continuous(d, max_seq_len=16 if d.flag else None).generate, randn(d.seed, 2, d.first, 3), d.new)
-    return as_without_a_cache(d, lambda has_cache: generate(cache_kv=has_cache))
+    yield greedily(generate, use_kv_cache=True)[1], greedily(generate, use_kv_cache=False)[1]
 
 
 @case(regression=False)  # both attend to as much
 def continuous_generation_past_max_seq_len(d: Drawn) -> Pairs:
     # the wrapper crops its input to `max_seq_len`, but not the cache
-    length = d.first + 1
-    short, long = (continuous(d, max_seq_len=n).generate(randn(d.seed, 2, length, 3), d.new + 1) for n in (length, 64))
-    yield short, long
-
-
-# losses, segments, and memories of them
-
-
-@case()
-def the_loss_of_padded_tokens(d: Drawn) -> Pairs:
-    wrapper, x = AutoregressiveWrapper(d.model()), tokens(d.seed, 2, d.first + 3)
-    yield wrapper(torch.cat((x, torch.full((2, d.new), -100)), dim=1)), wrapper(x)
-
-
-@case(mem_kv=False)
-def the_loss_over_segments(d: Drawn) -> Pairs:
-    model, x = d.model(max_mem_len=1024), tokens(d.seed, 2, 2 * d.first + d.new)
-    whole = AutoregressiveWrapper(model)(x)
-    model.max_seq_len = d.first + 1
-    yield XLAutoregressiveWrapper(model)(x), whole
+    length, found = d.first + 1, list[Tensor]()
+    for n in (length, 64):
+        net = ContinuousTransformerWrapper(dim_in=3, dim_out=3, max_seq_len=n, attn_layers=Decoder(**d.options))
+        wrapper = ContinuousAutoregressiveWrapper(d.prepared(net))
+        found.append(wrapper.generate(randn(d.seed, 2, length, 3), d.new + 1))
+    yield found[0], found[1]
 
 
 @case(mem_kv=False, regression=True)
@@ -251,18 +197,15 @@ def generation_with_recirculation(d: Drawn) -> Pairs:
 @pytest.mark.parametrize(("dtype", "num_mem_kv"), [(torch.bfloat16, 3), (torch.float16, 0)])
 @pytest.mark.regression
 def test_recirculation_in_half_precision_is_right_and_not_limited_by_what_is_in_the_cache(dtype, num_mem_kv):
-    options = dict(dim=16, depth=3, heads=2, attn_dim_head=8, rotary_emb_dim=8, attn_num_mem_kv=num_mem_kv)
-    options.update(rotary_xpos=True, rotary_xpos_scale_base=4, verbose=False)
+    options = {**OPTIONS, "depth": 3, "attn_num_mem_kv": num_mem_kv, "rotary_xpos_scale_base": 4}
     half, model = build(options, 0, dtype), build({**options, "attn_custom_attn_fn": softmax}, 0)
     for param, rounded in zip(model.parameters(), half.parameters()):
         param.copy_(rounded)
     # in float16 44 queries in one call are the most at this scale base
     x = tokens(0, 1, 150)
-
-    replayed = Recirculation(half, 2, 0, alpha=0.0, beta=1.0)(x)
+    replayed, full = Recirculation(half, 2, 0, alpha=0.0, beta=1.0)(x), model(x)
 
     # the roundings of some four layers
-    full = model(x)
     assert (replayed.double() - full).abs().max() <= 16 * torch.finfo(dtype).eps * full.abs().max()
 
 
@@ -283,34 +226,33 @@ def queries_follow_all_that_is_cached(d: Drawn) -> Pairs:
     length, dim = d.first + d.new, d.options["dim"]
     context: Options = dict(context=randn(d.seed, 2, 5, dim), context_pos=torch.arange(5)) if d.flag else {}
     layers, x = Decoder(**d.options, cross_attend=d.flag), randn(d.seed, 2, length, dim)
-    ids = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), max_seq_len=32)
+    ids = dict(num_tokens=dict(a=NUM_TOKENS, b=NUM_TOKENS), attn_layers=layers, max_seq_len=32)
     of_wrapper, of_layers = dict(return_embeddings=True, return_intermediates=True), dict(return_hiddens=True)
-    models: list[tuple[Module, Options, Callable[[slice], Any]]] = [
-        (
-            MultiInputTransformerWrapper(attn_layers=layers, **ids),
-            of_wrapper,
-            lambda part: dict(a=d.x[:, part], b=d.x.flip(0)[:, part]),
-        ),
-        (ContinuousTransformerWrapper(attn_layers=layers, max_seq_len=32), of_wrapper, lambda part: x[:, part]),
-        (layers, of_layers, lambda part: x[:, part]),
+    models: list[tuple[Module, Options, Any]] = [
+        (MultiInputTransformerWrapper(**ids), of_wrapper, dict(a=d.x, b=d.x.flip(0))),
+        (ContinuousTransformerWrapper(attn_layers=layers, max_seq_len=32), of_wrapper, x),
+        (layers, of_layers, x),
     ]
     if d.flag:
-        only_cross = Decoder(**d.options, cross_attend=True, only_cross=True)
-        models.append((only_cross, of_layers, lambda part: x[:, part]))
+        models.append((Decoder(**d.options, cross_attend=True, only_cross=True), of_layers, x))
 
     for module, returned, inputs in models:
         model = partial(d.prepared(module), **returned, **context)
-        expected, _ = model(inputs(slice(length)))
+        expected, _ = model(inputs)
         # as people write the loop: plain rotary counts what is cached twice, in self-attention as in cross-attention
         outs, cache = [], None
         for n in range(length):
-            out, cache = model(inputs(slice(n + 1)), cache=cache)
+            out, cache = model(part_of(inputs, 0, n + 1), cache=cache)
             outs.append(out[:, -1:])
         yield torch.cat(outs, dim=1), expected
         # as the error for too many queries says
-        out, cache = model(inputs(slice(d.first)))
-        rest, _ = model(inputs(slice(d.first, length)), cache=cache, input_not_include_cache=True, cache_age=d.new)
-        yield torch.cat((out, rest), dim=1), expected
+        out, cache = model(part_of(inputs, 0, d.first))
+        new_alone = dict(cache=cache, input_not_include_cache=True, cache_age=d.new)
+        yield torch.cat((out, model(part_of(inputs, d.first, length), **new_alone)[0]), dim=1), expected
+
+
+def part_of(inputs: Any, start: int, stop: int) -> Any:
+    return tree_map(lambda t: t[:, start:stop], inputs)
 
 
 @pytest.mark.parametrize(("pairs", "mem_kv"), CASES)

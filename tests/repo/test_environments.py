@@ -1,22 +1,22 @@
-"""The swap in projects that depend on upstream's package: the fork takes its place, and their models do not notice.
-
-In a virtual environment of its own, with the projects from the index, as a user would do it.
-"""
+"""In virtual environments: the swap in projects that depend on upstream's package, and versions of Python and torch."""
 
 from __future__ import annotations
 
 import os
 import sys
 import sysconfig
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
-from trees import LINE, PINNED, output
+from trees import LINE, PINNED, ROOT, output, patched_tree
+
+from patches.try_release import PROPERTIES
 
 pytestmark = pytest.mark.slow
 
 VERSION = PINNED[LINE].partition("==")[2]
-FORK = f"{VERSION}+xpos.1"
 
 # Projects whose models are made of x_transformers' modules and run without a download, with how to run them. What is
 # shown stands for every bit of the outputs, the loss and the gradients (those of the second differ from run to run,
@@ -63,16 +63,13 @@ def test_a_project_does_not_notice_the_swap(project: Path, tmp_path: Path) -> No
     output(sys.executable, "-m", "venv", venv)
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
+    # without the PYTHONPATH that would give the package that is tested
+    environment = {**os.environ, "PYTHONPATH": "", "UV_PYTHON": str(python)}
+
     def run(*command: str) -> list[str]:
-        # without the PYTHONPATH that would give the package that is tested
-        return output(python, *command, cwd=venv, env={**os.environ, "PYTHONPATH": ""}).splitlines()
+        return output(python, *command, cwd=venv, env=environment).splitlines()
 
-    def pip(*arguments: str) -> list[str]:
-        return run("-m", "pip", "--disable-pip-version-check", *arguments)
-
-    def uv(*arguments: str) -> list[str]:
-        # it does not see the packages of the other environment
-        return run("-m", "uv", "pip", *arguments, "--no-deps", "--python", str(python))
+    pip, uv = partial(run, "-m", "pip", "--disable-pip-version-check"), partial(run, "-m", "uv", "pip")
 
     def version() -> str:
         return run("-c", "from importlib import metadata; print(metadata.version('x-transformers'))")[0]
@@ -90,13 +87,12 @@ def test_a_project_does_not_notice_the_swap(project: Path, tmp_path: Path) -> No
     before = bits()
     assert [len(lines) for lines in before] == [12, 2]
 
-    # over upstream's package, with pip; back again; and with uv
-    for install, no_deps in ((pip, ["--no-deps"]), (uv, [])):
-        install("install", "-q", str(project))
-        assert version() == FORK
+    # over upstream's package, with pip; back again; and with uv, which does not see the other environment's packages
+    for install, no_deps in ((pip, []), (uv, ["--no-deps"])):
+        install("install", "-q", str(project), *no_deps)
         # the release that it is made of is older than it, so that an upgrade leaves it
         pip("install", "-q", "--upgrade", "--no-deps", f"x-transformers<={VERSION}")
-        assert version() == FORK
+        assert version() == f"{VERSION}+xpos.1"
         if install == pip:  # the files of the other are the same
             assert bits() == before
         # pip's own words, which are about what the projects require too
@@ -104,7 +100,34 @@ def test_a_project_does_not_notice_the_swap(project: Path, tmp_path: Path) -> No
         assert run("-m", "x_transformers.xpos", "--max-len", "128")[-1].startswith("all ")
 
         # the fork satisfies `==` too, so going back has to be forced
-        install("install", "-q", "--force-reinstall", PINNED[LINE], *no_deps)
+        install("install", "-q", "--force-reinstall", "--no-deps", PINNED[LINE])
         assert version() == VERSION
         with pytest.raises(AssertionError, match=r"No module named x_transformers\.xpos"):
             run("-m", "x_transformers.xpos")
+
+
+# the oldest Python and torch that upstream works with, and the newest torch that there is
+
+# upstream claims Python 3.9, where importing it is a TypeError; torch-einops-utils, a dependency of it, wants torch 2.5
+OLDEST, NEWEST = ("3.10", "torch==2.5.0"), (f"3.{sys.version_info.minor}", "torch")
+TESTS = [*PROPERTIES, "tests/xpos/test_cache.py", "tests/xpos/test_prefill.py"]
+NEEDED_BY_TESTS = ["hatchling", "hypothesis", "pip", "pytest", "pytest-xdist", "tqdm"]
+
+
+@pytest.mark.parametrize(("version", "torch"), [OLDEST, NEWEST], ids=["oldest", "newest"])
+def test_properties_hold(version: str, torch: str) -> None:
+    uv = Path(sys.executable).with_name("uv")
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick"}
+    # pyenv's, or what uv finds or downloads
+    interpreters = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    run = partial(output, cwd=ROOT, env=environment)
+    # not in tmp_path, which pytest keeps: torch with CUDA takes 5 GB
+    with tempfile.TemporaryDirectory() as venv:
+        python = Path(venv, "bin", "python")
+        run(uv, "venv", "--python", [version, *interpreters][-1], venv)
+        run(uv, "pip", "install", "--python", python, "-r", "pyproject.toml", torch, *NEEDED_BY_TESTS)
+        found = run(python, "-c", "import platform, torch; print(platform.python_version(), torch.__version__)")
+        assert found.startswith(f"{version}.")
+        assert f" {torch.partition('==')[2]}" in found
+        passed = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--package={patched_tree()}", *TESTS)
+    print(f"Python and torch {found.strip()}: {passed.splitlines()[-1]}")
