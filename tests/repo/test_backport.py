@@ -1,6 +1,6 @@
 """The line 1.27.x: its tests and the check, on the package that its build gives.
 
-test_build.py is about both lines, so is test_regressions.py; test_documents.py installs this one as README says.
+test_build.py, test_regressions.py and test_mutations.py are about both lines; test_documents.py installs this one.
 """
 
 from __future__ import annotations
@@ -10,25 +10,16 @@ from pathlib import Path
 
 import pytest
 from commands import process
-from outcomes import Outcome, run
-from trees import BACKPORT, ROOT, built_tree, hatch_build, patched_tree, pristine_tree
+from outcomes import run
+from trees import BACKPORT, ROOT, patched_tree, pristine_tree
 
 HALF = [pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float16")]
 
 
-def failures(tree: Path, directory: Path) -> list[Outcome]:
-    found = run(directory, f"--package={tree}", "tests/xpos/every_line", HYPOTHESIS_PROFILE="quick")
-    return [outcome for outcome in found if outcome.failure is not None]
-
-
 def test_its_tests_pass(tmp_path: Path) -> None:
-    assert failures(patched_tree(BACKPORT), tmp_path) == []
-
-
-@pytest.mark.slow
-def test_a_test_fails_without_the_last_patch(tmp_path: Path) -> None:
-    """The patches before it can be left out even less: the build refuses what is left."""
-    assert failures(built_tree(BACKPORT, hatch_build.read_series(ROOT / BACKPORT)[:-1]), tmp_path)
+    package = f"--package={patched_tree(BACKPORT)}"
+    outcomes = run(tmp_path, package, "tests/xpos/every_line", HYPOTHESIS_PROFILE="quick")
+    assert [outcome for outcome in outcomes if outcome.failure is not None] == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", *HALF])

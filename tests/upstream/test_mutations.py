@@ -18,25 +18,28 @@ pytestmark = pytest.mark.slow
 ORDER = [f"test_{name}.py" for name in ("scores", "properties", "features", "cache", "wrappers", "prefill", "options")]
 XPOS = sorted((ROOT / "tests" / "xpos").rglob("test_*.py"), key=lambda path: [*ORDER, path.name].index(path.name))
 
-# the patched files with one block of changes undone, by the file and the lines that the block has in it
-UNDONE: dict[str, str] = {}
-for file in sorted(FILES[LINE]):
-    files = [tree / file for tree in (pristine_tree(), patched_tree())]
-    old, new = (path.read_text(encoding="utf-8").splitlines(True) for path in files)
+# the patched files with one block of changes undone, by the line, the file, and the lines that the block has in it
+UNDONE: dict[tuple[Path, str, str], str] = {}
+for line, file in [(line, file) for line, files in FILES.items() for file in sorted(files)]:
+    paths = [tree / file for tree in (pristine_tree(line), patched_tree(line))]
+    old, new = (path.read_text(encoding="utf-8").splitlines(True) for path in paths)
     for kind, start, end, new_start, new_end in difflib.SequenceMatcher(None, old, new, False).get_opcodes():
         # of a comment alone no test can tell
-        changed = [line.strip() for line in old[start:end] + new[new_start:new_end]]
-        if kind != "equal" and any(line and not line.startswith("#") for line in changed):
-            UNDONE[f"{file}:{new_start + 1}-{new_end}"] = "".join(new[:new_start] + old[start:end] + new[new_end:])
+        changed = [code.strip() for code in old[start:end] + new[new_start:new_end]]
+        if kind != "equal" and any(code and not code.startswith("#") for code in changed):
+            undone = new[:new_start] + old[start:end] + new[new_end:]
+            UNDONE[line, file, f"{new_start + 1}-{new_end}"] = "".join(undone)
 
 
-@pytest.mark.parametrize("place", UNDONE)
-def test_without_these_lines_a_test_fails(place: str, tmp_path: Path) -> None:
-    shutil.copytree(patched_tree() / "x_transformers", tmp_path / "x_transformers")
-    (tmp_path / place.partition(":")[0]).write_text(UNDONE[place], encoding="utf-8")
+@pytest.mark.parametrize("place", UNDONE, ids=lambda place: ":".join(map(str, place)))
+def test_without_these_lines_a_test_fails(place: tuple[Path, str, str], tmp_path: Path) -> None:
+    line, file, _ = place
+    shutil.copytree(patched_tree(line) / "x_transformers", tmp_path / "x_transformers")
+    (tmp_path / file).write_text(UNDONE[place], encoding="utf-8")
 
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-n0", "-p", "no:cacheprovider"]
-    command += [f"--package={tmp_path}", *map(str, XPOS), "tests/upstream/test_swap.py"]
+    tests = [*XPOS, "tests/upstream/test_swap.py"] if line == LINE else ["tests/xpos/every_line"]
+    command += [f"--package={tmp_path}", *map(str, tests)]
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "quick"}
     result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     # a package that cannot even be imported is a usage error, or one of collection
