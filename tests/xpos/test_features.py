@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,10 @@ def test_scores_of_a_model_equal_the_formula(relaid, options, seed, lens, num_me
     _, cache = model(x[:, :past], return_intermediates=True, **beside)
     _, after = model(x, cache=cache, cache_age=lens[-1], return_intermediates=True, **beside)
 
-    q_pos, rotary_dim = torch.arange(past, sum(lens)), options["rotary_emb_dim"]
+    dim, factor = options["rotary_emb_dim"], options["rotary_base_rescale_factor"]
+    of_rotary: dict[str, Any] = dict(rotary_dim=dim, base=formula.rescaled_base(dim, factor))
+    of_rotary.update(scale_base=options["rotary_xpos_scale_base"], interpolation=options["rotary_interpolation_factor"])
+    q_pos = torch.arange(past, sum(lens))
     for attention, q, inter in zip(attentions, queries[-len(attentions) :], after.attn_intermediates):
         is_cross = inter.layer_type == "c"
         without_pos = [attention.mem_k.expand(2, -1, -1, -1)] if num_mem_kv else []
@@ -57,16 +61,7 @@ def test_scores_of_a_model_equal_the_formula(relaid, options, seed, lens, num_me
         k = torch.cat((*without_pos, inter.cached_kv[0]), dim=-2)
         own_pos = beside["context_pos"] if is_cross else torch.arange(sum(lens))
         k_pos = torch.cat((torch.zeros(k.shape[-2] - len(own_pos), dtype=torch.long), own_pos))
-        expected, _ = formula.scores(
-            attention.split_q_heads(q),
-            k,
-            q_pos,
-            k_pos,
-            rotary_dim=rotary_dim,
-            scale_base=options["rotary_xpos_scale_base"],
-            base=formula.rescaled_base(rotary_dim, options["rotary_base_rescale_factor"]),
-            interpolation=options["rotary_interpolation_factor"],
-        )
+        expected, _ = formula.scores(attention.split_q_heads(q), k, q_pos, k_pos, **of_rotary)
         expected = expected * options["attn_dim_head"] ** -0.5
         met = (k_pos[None, :] <= q_pos[:, None]) | torch.tensor(is_cross)
         # float64: at most 16 products of some 10 roundings each, scaled apart by at most 3.5 ** (40 / 4) = 3e5 / 2
@@ -182,7 +177,7 @@ def test_too_few_positions_are_an_error(options, seed, seq_len):
 
     _, cache = model(x[:, :-1], return_intermediates=True)
     for passed in ({}, dict(cache=cache)):
-        with pytest.raises(RuntimeError, match="must match"):
+        with pytest.raises(RuntimeError, match=f"{seq_len}.* must match .*{seq_len - 1}"):
             model(x, pos=torch.arange(seq_len - 1), **passed)
 
 
