@@ -31,12 +31,34 @@ from x_transformers import AutoregressiveWrapper
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 
-def replace_kv(cache: LayerIntermediates, function: Callable[[Tensor], Tensor]) -> None:
+def replace_kv(cache: LayerIntermediates, function: Callable[..., Tensor], *args: int) -> None:
     for inter in cache.attn_intermediates:
-        inter.cached_kv = tuple(function(t) for t in inter.cached_kv)
+        inter.cached_kv = tuple(function(t, *args) for t in inter.cached_kv)
 
 
-# what people do with a cache, with a number. Some take other keys and values for those that are in it:
+# what people do with a cache, with a number. Some take other keys and values for those that are in it
+REPLACING: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "detach": lambda t, n: t.detach(),
+    "parameter": lambda t, n: nn.Parameter(t, requires_grad=False),
+    "clone": lambda t, n: t.clone(),
+    "swap rows": lambda t, n: t[torch.tensor([1, 0])],
+    "one row for all": lambda t, n: t[:1].expand(2, -1, -1, -1),
+    "forget the oldest": lambda t, n: t[..., min(n, t.shape[-2] - 1) :, :],
+    "other layout": lambda t, n: t.transpose(1, 2).contiguous().transpose(1, 2),
+}
+# others edit them in place, or hold something of them
+HOLDING: dict[str, Callable[[Tensor, int], Any]] = {
+    # in inference mode, which alone edits what was made in it
+    "edit": torch.inference_mode()(lambda t, n: t[..., : n + 1, :].mul_(0.5)),
+    "edit in numpy": lambda t, n: np.multiply(t.numpy(), 1.25, out=t.numpy()),
+    "shift": torch.inference_mode()(lambda t, n: t.copy_(t.roll(-1, -2))),
+    "hold views": lambda t, n: t.view(torch.int64),
+    "hold numpy": lambda t, n: t.numpy(),
+    "hold the storage": lambda t, n: t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride()),
+}
+
+
+# others change some of it alone, or go on from a copy as well
 
 
 def replace_one(cache: LayerIntermediates, n: int) -> None:
@@ -52,34 +74,7 @@ def roll_back(cache: LayerIntermediates, n: int) -> None:
     cache.cache_length -= n
 
 
-def replace(function: Callable[[Tensor, int], Tensor]) -> Callable[[LayerIntermediates, int], None]:
-    return lambda cache, n: replace_kv(cache, lambda t: function(t, n))
-
-
-REPLACING = {
-    "detach": replace(lambda t, n: t.detach()),
-    "parameter": replace(lambda t, n: nn.Parameter(t, requires_grad=False)),
-    "clone": replace(lambda t, n: t.clone()),
-    "swap rows": replace(lambda t, n: t[torch.tensor([1, 0])]),
-    "one row for all": replace(lambda t, n: t[:1].expand(2, -1, -1, -1)),
-    "forget the oldest": replace(lambda t, n: t[..., min(n, t.shape[-2] - 1) :, :]),
-    "other layout": replace(lambda t, n: t.transpose(1, 2).contiguous().transpose(1, 2)),
-    "replace one": replace_one,
-    "roll back": roll_back,
-}
-# others edit them in place, or hold something of them
-HOLDING: dict[str, Callable[[Tensor, int], Any]] = {
-    # in inference mode, which alone edits what was made in it
-    "edit": torch.inference_mode()(lambda t, n: t[..., : n + 1, :].mul_(0.5)),
-    "edit in numpy": lambda t, n: np.multiply(t.numpy(), 1.25, out=t.numpy()),
-    "shift": torch.inference_mode()(lambda t, n: t.copy_(t.roll(-1, -2))),
-    "hold views": lambda t, n: t.view(torch.int64),
-    "hold numpy": lambda t, n: t.numpy(),
-    "hold the storage": lambda t, n: t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), t.shape, t.stride()),
-}
-
-
-def save(cache: LayerIntermediates) -> LayerIntermediates:
+def save(cache: LayerIntermediates, _n: int) -> LayerIntermediates:
     torch.save(cache, file := io.BytesIO())
     for imports in (pristine_imports, nullcontext):  # the file loads where the fork is not installed too
         file.seek(0)
@@ -88,18 +83,19 @@ def save(cache: LayerIntermediates) -> LayerIntermediates:
     return loaded
 
 
-# and some go on from a copy as well
-COPYING: dict[str, Callable[[LayerIntermediates], LayerIntermediates]] = {
-    "copy": copy.copy,
-    "deep copy": copy.deepcopy,
-    "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+OTHERS: dict[str, Callable[[LayerIntermediates, int], LayerIntermediates | None]] = {
+    "replace one": replace_one,
+    "roll back": roll_back,
+    "copy": lambda cache, n: copy.copy(cache),
+    "deep copy": lambda cache, n: copy.deepcopy(cache),
+    "pickle": lambda cache, n: pickle.loads(pickle.dumps(cache)),
     # as a queue does, which moves what is sent into shared memory
-    "send to a process": lambda cache: pickle.loads(bytes(ForkingPickler.dumps(cache))),
+    "send to a process": lambda cache, n: pickle.loads(bytes(ForkingPickler.dumps(cache))),
     "save": save,
 }
 # half of the lines go on from a cache, by one token or several; not all get through
 STEPS = ("step", "step", "step with a wrong batch", "step that is interrupted")
-actions = st.one_of(st.sampled_from(STEPS), st.sampled_from([*REPLACING, *HOLDING, *COPYING]))
+actions = st.one_of(st.sampled_from(STEPS), st.sampled_from([*REPLACING, *HOLDING, *OTHERS]))
 programs = st.lists(st.tuples(actions, st.integers(0, 9), st.integers(1, 3)), min_size=2, max_size=10)
 
 # of each line, again and again
@@ -120,9 +116,7 @@ def step(model: Any, action: str, x: Tensor, cache: LayerIntermediates) -> tuple
         return continue_with(model, x, cache)
 
 
-def session(
-    model: Any, imports: Any, prompt: Tensor, program: list[Any], modes: list[str], look: bool
-) -> Iterator[tuple[str, list[Tensor]]]:
+def session(model: Any, imports: Any, prompt: Tensor, program: Any, modes: list[str], look: bool) -> Iterator[Any]:
     """After each line: what torch says against it, and all that anyone can see, at last or whenever they `look`."""
     with MODES[modes[0]]():
         logits, cache = model(prompt, return_intermediates=True)
@@ -137,12 +131,12 @@ def session(
                     logits, after = step(model, action, x, cache)
                     caches.append(after)
                 elif action in REPLACING:
-                    REPLACING[action](cache, n)
+                    replace_kv(cache, REPLACING[action], n)
                 elif action in HOLDING:
                     held += [HOLDING[action](t, n) for t in keys_values(cache)]
                 # torch leaves arrays without their memory where it moves that
                 elif "process" not in action or not any(isinstance(t, np.ndarray) for t in held):
-                    caches.append(COPYING[action](cache))
+                    caches += filter(None, [OTHERS[action](cache, n)])
                 error = ""
             except (RuntimeError, KeyboardInterrupt) as raised:
                 error = repr(raised)
