@@ -107,7 +107,7 @@ def test_what_holds_in_several_processes(processes, tmp_path):
 def test_the_example_says_what_a_window_for_each_shard_costs():
     """That it is right otherwise is a command of docs/sharding.md, and run with the others."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, ROOT / "examples" / "sharded_sequence.py", "--own-windows"]
-    ran = subprocess.run(command, text=True, capture_output=True)
+    example = ROOT / "examples" / "sharded_sequence.py"
+    ran = subprocess.run([*torchrun, example, "--own-windows"], text=True, capture_output=True)
 
     assert (ran.returncode, "in 2 shards" in ran.stdout, "WRONG" in ran.stdout) == (1, True, True), ran.stderr
