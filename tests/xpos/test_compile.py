@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,26 @@ from torch.autograd import forward_ad
 from torch.func import stack_module_state
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
-from ways import assert_equal_to_rounding, continue_with, keys_values, randn
+from ways import assert_equal_to_rounding, continue_with, keys_values, randn, rounding
 
 from x_transformers import Attention
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
 
 OPTIONS: dict[str, Any] = {**strategies.OPTIONS, "depth": 1, "rotary_xpos_scale_base": 16}
-MEMORY: dict[str, Any] = dict(attn_num_mem_kv=2)
 FLASH: dict[str, Any] = dict(attn_flash=True)
 NO_FLASH: dict[str, Any] = dict(attn_custom_attn_fn=softmax)
+MEMORY: dict[str, Any] = dict(attn_num_mem_kv=2)
 
 # the first is compiled for. A length of 1 has a graph of its own in torch, which takes 0 and 1 for constants
 LENGTHS = (3, 7, 2, 33, 100)
 
 
-def model_of(attention: dict[str, Any] = FLASH, **options: Any) -> Any:
-    return build({**OPTIONS, **attention, **options}, 0, max_mem_len=1024)
+def model_of(**options: Any) -> Any:
+    return build({**OPTIONS, **options}, 0, max_mem_len=1024)
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
+def fresh() -> None:
     torch._dynamo.reset()
 
 
@@ -68,33 +67,33 @@ def graphs_compiled(model: Any, calls: Sequence[dict[str, Any]], backend: str = 
     return sum(len(graph.graph.nodes) > 0 for graph in counter.graphs)
 
 
-def prompt(model: Any, n: int) -> LayerIntermediates:
-    return model(tokens(n, 2, n), return_intermediates=True)[1]
-
-
-def whole_sequence(model: Any, n: int) -> dict[str, Any]:
-    return dict(x=tokens(n, 2, n + 1), cache=prompt(model, n), cache_age=1, input_not_include_cache=False)
+def after_a_prompt(model: Any, n: int, num_new: int = 1) -> dict[str, Any]:
+    cache = model(tokens(n, 2, n), return_intermediates=True)[1]
+    return dict(x=tokens(n + 1, 2, num_new), cache=cache, cache_age=num_new)
 
 
 # what a model is made with, and called with for a length; tokens (2, n) if nothing else is said
 CALLS: dict[str, tuple[dict[str, Any], Callable[[Any, int], dict[str, Any]]]] = {
-    "training step": (dict(attention=NO_FLASH, **MEMORY), lambda model, n: {}),
-    "all dims rotated": (dict(attention=NO_FLASH, rotary_emb_dim=8), lambda model, n: {}),
-    "pos of each row": ({}, lambda model, n: dict(pos=torch.arange(n) + torch.tensor([[5], [900]]))),
-    "masked keys": ({}, lambda model, n: dict(self_attn_kv_mask=torch.arange(n) < torch.tensor([[n], [(n + 1) // 2]]))),
-    "rotary_window": ({}, lambda model, n: dict(pos=torch.arange(n) + n, rotary_window=(0, 3 * n))),
-    "mems": ({}, lambda model, n: dict(mems=model(tokens(n + 1, 2, 2 * n + 2), return_mems=True)[1], return_mems=True)),
+    "training step": ({**NO_FLASH, **MEMORY}, lambda model, n: {}),
+    "all dims rotated": ({**NO_FLASH, "rotary_emb_dim": 8}, lambda model, n: {}),
+    "pos of each row": (FLASH, lambda model, n: dict(pos=torch.arange(n) + torch.tensor([[5], [900]]))),
+    "masked keys": (
+        FLASH,
+        lambda model, n: dict(self_attn_kv_mask=torch.arange(n) < torch.tensor([[n], [(n + 1) // 2]])),
+    ),
+    "rotary_window": (FLASH, lambda model, n: dict(pos=torch.arange(n) + n, rotary_window=(0, 3 * n))),
+    "mems": (FLASH, lambda model, n: dict(mems=model(tokens(1, 2, 2 * n + 2), return_mems=True)[1], return_mems=True)),
     "context with positions": (
-        dict(cross_attend=True),
+        {**FLASH, "cross_attend": True},
         lambda model, n: dict(context=randn(n, 2, n + 4, 16), context_pos=torch.arange(n + 4)),
     ),
-    "decode step": (MEMORY, lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n))),
-    "decode step, no flash": (
-        dict(attention=NO_FLASH, **MEMORY),
-        lambda model, n: dict(x=tokens(n + 1, 2, 1), cache=prompt(model, n)),
+    "decode step": ({**FLASH, **MEMORY}, after_a_prompt),
+    "decode step, no flash": ({**NO_FLASH, **MEMORY}, after_a_prompt),
+    "decode step, whole sequence passed": (
+        FLASH,
+        lambda model, n: dict(after_a_prompt(model, n), x=tokens(n, 2, n + 1), input_not_include_cache=False),
     ),
-    "decode step, whole sequence passed": ({}, whole_sequence),
-    "chunk": ({}, lambda model, n: dict(x=tokens(n + 1, 2, 5 + n // 3), cache=prompt(model, n))),
+    "chunk": (FLASH, lambda model, n: after_a_prompt(model, n, 5 + n // 3)),
 }
 # functionalized too, and compiled in earnest
 IN_EARNEST = [pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("training step", "decode step")]
@@ -110,25 +109,20 @@ def test_one_graph_for_all_lengths_gives_the_answers_of_eager_mode(name, backend
         assert graphs_compiled(model, calls, backend) == 1
 
 
-@pytest.mark.parametrize(
-    "compiled", ["layers", pytest.param("what is around them", marks=pytest.mark.slow), "one step of several"]
-)
+@pytest.mark.parametrize("compiled", ["layers", pytest.param("around", marks=pytest.mark.slow), "some steps"])
 @torch.no_grad()
 def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager_mode(compiled):
-    model, x, lens = model_of(**MEMORY), tokens(0, 2, 12), [5, 7]
+    model, x = model_of(**FLASH, **MEMORY), tokens(0, 2, 12)
     expected, whole = model(x), torch.compile(model, dynamic=True, backend="eager")
-    parts = [whole, whole]
     for layer in (module for module in model.modules() if isinstance(module, Attention)):
         if compiled == "layers":
-            parts = [model, model]
             layer.compile(fullgraph=True, dynamic=True, backend="eager")
-        elif compiled == "what is around them":
+        elif compiled == "around":
             layer.forward = torch.compiler.disable(layer.forward)
-    if compiled == "one step of several":  # the cache has room for more by then
-        parts, lens = [model, model, model, whole, model, model], [5, 1, 1, 1, 1, 3]
 
     chunks, cache = [], None
-    for part, chunk in zip(parts, x.split(lens, dim=1)):
+    # once with the prompt, and once where the cache has room for more
+    for part, chunk in zip((whole, model, model, whole, model), x.split([5, 1, 1, 2, 3], dim=1)):
         logits, cache = continue_with(part, chunk, cache)
         chunks.append(logits)
     assert_equal_to_rounding(torch.cat(chunks, dim=1), expected)
@@ -136,7 +130,7 @@ def test_what_is_made_in_one_mode_and_used_in_another_gives_the_answers_of_eager
 
 @torch.no_grad()
 def test_one_more_graph_for_a_length_of_1_and_an_error_past_the_limit():
-    model = model_of()
+    model = model_of(**FLASH)
     longest = model.attn_layers.rotary_pos_emb.max_xpos_queries(torch.float16)
     lengths = (3, longest, 1, longest + 1, longest + 9, 1, 2)
 
@@ -153,7 +147,7 @@ def test_one_more_graph_for_a_length_of_1_and_an_error_past_the_limit():
 def test_a_mask_costs_as_many_graphs_as_with_plain_rotary():
     # what follows attention fills in the masked rows with einx, for which a length is a constant
     def graphs(**options: Any) -> int:
-        model = model_of(**options)
+        model = model_of(**FLASH, **options)
         masks = [torch.arange(n) < torch.tensor([[n], [n // 2 + 1]]) for n in LENGTHS[:2]]
         return graphs_compiled(model, [dict(x=tokens(mask.shape[1], *mask.shape), mask=mask) for mask in masks])
 
@@ -193,8 +187,8 @@ EXPORTS: dict[str, tuple[dict[str, Any], Callable[..., Program], dict[str, Any]]
 @pytest.mark.filterwarnings("ignore")  # of the older exporter, that it is old
 @torch.no_grad()
 def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(attention, export, how, tmp_path):
-    dtype = torch.float32 if export is in_onnx else torch.float64
-    model, x = model_of(attention, **MEMORY).to(dtype), tokens(0, 2, 7)
+    is_onnx, x = export is in_onnx, tokens(0, 2, 7)
+    model = model_of(**attention, **MEMORY).to(torch.float32 if is_onnx else torch.float64)
     forward = model.forward
     if how.get("dynamo") is False:  # the older exporter has no logits of upstream's
         model.forward = lambda x: forward(x, return_embeddings=True)
@@ -203,14 +197,10 @@ def test_one_exported_program_gives_the_answers_of_eager_mode_at_all_lengths(att
     program = export(model, x, tmp_path / "model.onnx", **how)
 
     for n in (1, 2, 7, 31, 300):  # there is none that it is exported for
-        x = tokens(n, 2, n)
-        actual, expected = program(x), model(x)
-        if dtype == torch.float64:
-            assert_equal_to_rounding(actual, expected)
-        else:
-            # as there, of a single layer: 2 ** 8 roundings of float32, and 2 ** 3 from softmax
-            tolerance = 2**11 * torch.finfo(dtype).eps / 2 * max(1.0, expected.abs().max().item())
-            torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+        actual, expected = (run(tokens(n, 2, n)) for run in (program, model))
+        # as there, of a single layer: 2 ** 8 roundings of float32, and 2 ** 3 from softmax
+        in_float32 = 2**11 * torch.finfo(torch.float32).eps / 2 * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(actual, expected, rtol=0, atol=in_float32 if is_onnx else rounding(expected))
 
 
 # traced and transformed
@@ -220,23 +210,18 @@ def steps(model: Any, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two tokens decoded, one after another, from a cache of `k` and `v`."""
     layers = [Intermediates(cached_kv=(k, v), layer_type="a") for _ in range(OPTIONS["depth"])]
     cache = LayerIntermediates(attn_intermediates=layers, cache_length=k.shape[-2])
-    logits, cache = continue_with(model, x[:, :1], cache)
-    again, _ = continue_with(model, x[:, 1:], cache)
-    return torch.cat((logits, again), dim=1)
+    first, cache = continue_with(model, x[:, :1], cache)
+    return torch.cat((first, continue_with(model, x[:, 1:], cache)[0]), dim=1)
 
 
 def key_values(seed: int) -> tuple[Tensor, Tensor]:
     return randn(seed, 2, 2, 7, 8), randn(seed + 1, 2, 2, 7, 8)
 
 
-def traced_to_graph(mode: Any) -> Callable[..., Any]:
-    return lambda function, *args: make_fx(function, tracing_mode=mode, _allow_non_fake_inputs=True)(*args)
-
-
 TRACERS = {
-    "jit": lambda function, *args: torch.jit.trace(function, args, check_trace=False),
-    "real": traced_to_graph("real"),
-    "symbolic": traced_to_graph("symbolic"),
+    "jit": lambda function: lambda *args: torch.jit.trace(function, args, check_trace=False),
+    "real": partial(make_fx, tracing_mode="real", _allow_non_fake_inputs=True),
+    "symbolic": partial(make_fx, tracing_mode="symbolic", _allow_non_fake_inputs=True),
 }
 
 
@@ -244,12 +229,10 @@ TRACERS = {
 @pytest.mark.filterwarnings("ignore")  # of what a trace takes for constant
 @torch.no_grad()
 def test_what_is_traced_keeps_nothing_of_the_inputs_that_it_was_traced_with(trace):
-    model = model_of(NO_FLASH, **MEMORY)
-    for function, inputs in (
-        (model, lambda seed: (tokens(seed, 2, 9),)),
-        (lambda *args: steps(model, *args), lambda seed: (tokens(seed, 2, 2), *key_values(seed))),
-    ):
-        traced = trace(function, *inputs(0))
+    model = model_of(**NO_FLASH, **MEMORY)
+    of_steps = lambda *args: steps(model, *args), lambda seed: (tokens(seed, 2, 2), *key_values(seed))
+    for function, inputs in ((model, lambda seed: (tokens(seed, 2, 9),)), of_steps):
+        traced = trace(function)(*inputs(0))
         for seed in (1, 2):
             assert_equal_to_rounding(traced(*inputs(seed)), function(*inputs(seed)))
 
@@ -276,9 +259,7 @@ def test_models_tokens_and_positions_may_be_mapped_over(attention, window):
 def derivatives(model: Any) -> list[Tensor]:
     """Of decoding: forward mode by torch.func and by dual numbers, gradients, and those of each sample."""
     x, kv, tangents = tokens(0, 2, 2), key_values(0), key_values(5)
-
-    def decode(*kv: Tensor) -> Tensor:
-        return steps(model, x, *kv)
+    decode = partial(steps, model, x)
 
     def loss_of_one(kv: Any, x: Tensor) -> Tensor:
         return steps(model, x[None], *(t[None] for t in kv)).square().sum()

@@ -39,7 +39,7 @@ def trainable(dtype: torch.dtype = torch.float64, **options: Any) -> Any:
 
 def changes(model: Any, share: slice = slice(None)) -> list[Tensor]:
     """Of the parameters in some steps of training, each with a batch of its own."""
-    # an optimizer with state; Adam would turn the rounding of a gradient near zero into a step of full size
+    # with a state; Adam would turn the rounding of a gradient near zero into a step of full size
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(STEPS):
         x = tokens(step, BATCH, LENGTH)[share]
@@ -51,11 +51,11 @@ def changes(model: Any, share: slice = slice(None)) -> list[Tensor]:
 
 
 def shard_parameters(model: Any, **kwargs: Any) -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    kwargs["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in list(model.modules()):
         if isinstance(module, (Attention, FeedForward)):
-            fully_shard(module, mesh=mesh, **kwargs)
-    return fully_shard(model, mesh=mesh, **kwargs)
+            fully_shard(module, **kwargs)
+    return fully_shard(model, **kwargs)
 
 
 def training_in_parallel_is_training_in_one_process() -> None:
@@ -110,6 +110,4 @@ def test_the_example_says_what_a_window_for_each_shard_costs():
     example = ROOT / "examples" / "sharded_sequence.py"
     ran = subprocess.run([*torchrun, example, "--own-windows"], text=True, capture_output=True)
 
-    assert ran.returncode == 1, ran.stderr
-    assert "in 2 shards" in ran.stdout
-    assert "WRONG" in ran.stdout
+    assert (ran.returncode, "in 2 shards" in ran.stdout, "WRONG" in ran.stdout) == (1, True, True), ran.stderr

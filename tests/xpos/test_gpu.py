@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -21,9 +19,7 @@ TOLERANCE = 1e-12
 @few
 @given(decoder_options(), seeds, st.integers(1, 40), st.none() | st.integers(0, 3))
 @torch.no_grad()
-def test_what_is_replayed_gives_what_it_gives_eagerly(
-    options: dict[str, Any], seed: int, seq_len: int, steps: int | None
-) -> None:
+def test_what_is_replayed_gives_what_it_gives_eagerly(options, seed, seq_len, steps):
     """A forward, or a step from the cache of a prompt or of some steps, before and after others go on from it."""
     model = build(options, seed).cuda()
     if steps is None:
@@ -52,9 +48,7 @@ def test_what_is_replayed_gives_what_it_gives_eagerly(
 
 @few
 @given(decoder_options(), seeds, st.integers(2, 40), st.sampled_from([torch.bfloat16, torch.float16]))
-def test_under_autocast_a_prefix_and_its_gradients_are_those_of_the_prefix_alone(
-    options: dict[str, Any], seed: int, seq_len: int, dtype: torch.dtype
-) -> None:
+def test_under_autocast_a_prefix_and_its_gradients_are_those_of_the_prefix_alone(options, seed, seq_len, dtype):
     model = build(options, seed, torch.float32).cuda().train().requires_grad_()
     x = tokens(seed, 2, seq_len).cuda()
     half = seq_len // 2
