@@ -16,7 +16,7 @@ SERIES = {line: [ROOT / line / name for name in hatch_build.read_series(ROOT / l
 PATCHES = [*SERIES[BACKPORT], *SERIES[LINE]]
 
 # of what is added, in lines that are not blank and in characters: the first patch is the threading alone
-MOST_ADDED = {"A": (40, 3_050), "B": (45, 3_390), "C": (85, 5_150), "fork": (8, 600), "first": (18, 1_200)}
+MOST_ADDED = {"A": (40, 3_050), "B": (45, 3_390), "C": (88, 5_300), "fork": (8, 600), "first": (18, 1_200)}
 READ_AT_ONCE = {**PARTS, "first": PARTS["A"][:1]}
 
 

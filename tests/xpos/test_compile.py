@@ -14,11 +14,12 @@ from pristine import build_both
 from strategies import build, softmax, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import stack_module_state
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
-from ways import assert_equal_to_rounding, continue_with, keys_values, randn, rounding
+from ways import assert_equal_to_rounding, continue_with, keys_values, prefill_with_cache, randn, rounding
 
 from x_transformers import Attention
 from x_transformers.x_transformers import Intermediates, LayerIntermediates
@@ -254,6 +255,42 @@ def test_models_tokens_and_positions_may_be_mapped_over(attention, window):
     mapped = torch.vmap(decode)(*stack_module_state(models), x, pos)
     for i, model in enumerate(models):
         assert_equal_to_rounding(mapped[i], model(x[i], pos=pos[i]))
+
+
+def simulated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, once it was called with tensors that have no values."""
+
+    def simulate(*args: Tensor) -> Callable[..., Any]:
+        function(*map(FakeTensorMode(allow_non_fake_inputs=True).from_tensor, args))
+        return function
+
+    return simulate
+
+
+def mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *_: lambda x: [t[0] for t in torch.vmap(function)(x[None])]
+
+
+@pytest.mark.parametrize("trace", [mapped, simulated, *TRACERS.values()], ids=["vmap", "fake", *TRACERS])
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_cache_that_has_room_is_left_as_it_is(trace):
+    model = model_of(**NO_FLASH, **MEMORY)
+    # each of its own, as to copy one would take its room
+    shared, *caches = (prefill_with_cache(model, tokens(0, 2, 9), [7, 1, 1])[1] for _ in range(4))
+
+    def step(cache: Any, x: Tensor) -> list[Tensor]:
+        logits, after = continue_with(model, x, cache)
+        return [logits, *keys_values(after)]
+
+    inputs = [tokens(seed, 2, 1) for seed in range(3)]
+    expected = [*map(step, caches, inputs)]
+    of_shared: Any = partial(step, shared)
+    traced = trace(lambda x: of_shared(x))(inputs[0])
+    found = [*map(traced, inputs), of_shared(inputs[2])]
+    for actual, each in zip(found, [*expected, expected[2]]):
+        for pair in zip(actual, each, strict=True):
+            assert_equal_to_rounding(*pair)
 
 
 def derivatives(model: Any) -> list[Tensor]:
