@@ -1,7 +1,8 @@
 """How right xPos is, against the formula in float64 and against itself, for the package that is imported.
 
     python benchmarks/accuracy.py                                  # the fork
-    pip install --no-deps --target <dir> x-transformers==2.31.10   # upstream, beside it:
+    pip install --no-deps --target <dir> x-transformers==2.31.10   # upstream, beside it, with what the tests import:
+    cp -r x_transformers/xpos <dir>/x_transformers
     PYTHONPATH=<dir> python benchmarks/accuracy.py
     python benchmarks/accuracy.py --chunks 131072                  # a long text in chunks, in half precision: minutes
 

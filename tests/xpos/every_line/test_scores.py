@@ -192,7 +192,7 @@ def test_a_table_equals_the_formula_whatever_was_done_with_the_module(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         actual = table(rotary, pos, offset, seq_len) if offsets else rotary(pos)
 
-    assert {t.dtype for t in actual} == {torch.promote_types(dtype, torch.float32)}
+    assert {t.dtype for t in actual} == {torch.promote_types(rotary.inv_freq.dtype, torch.float32)}
     rows = pos if IS_OLDER else pos.expand(len(actual[0]), -1)
     at = rows[..., None].double()
     assert_table_equals(actual, at * theta, zeta, (at - torch.as_tensor(center)[..., None]) / scale_base)
