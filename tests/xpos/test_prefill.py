@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -47,6 +48,9 @@ def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
         prefill(build(OPTIONS, 0), tokens(0, 1, 20), 7, progress=True)
         assert ("3/3" in capsys.readouterr().err) is is_terminal
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="pip install tqdm"):
+        prefill(build(OPTIONS, 0), tokens(0, 1, 20), 7, progress=True)
 
 
 ENCODER = partial(TransformerWrapper, num_tokens=32, max_seq_len=64, attn_layers=Encoder(dim=8, depth=1))

@@ -68,8 +68,10 @@ def prefill(
         options["input_not_include_cache"] = True
     starts: Iterable[int] = range(0, tokens.shape[1], chunk_size)
     if progress:
-        from tqdm import tqdm
-
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            raise ValueError("progress needs tqdm, which is not installed: pip install tqdm") from None
         # None: where standard error is a terminal
         starts = tqdm(starts, unit=" chunks", disable=None)
     found, cache = [], None
